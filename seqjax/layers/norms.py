@@ -1,0 +1,92 @@
+"""Normalisation by name: layer, RMS and batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from seqjax.config import choose
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016), computed in at least float32."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean = jnp.mean(wide, axis=-1, keepdims=True)
+        centred = wide - mean
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        y = y * _vector(self, "scale", nn.initializers.ones, x) + _vector(self, "bias", nn.initializers.zeros, x)
+        return y.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in at least float32."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return (y * _vector(self, "scale", nn.initializers.ones, x)).astype(self.dtype)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over every dimension but the last (Ioffe and Szegedy 2015).
+
+    Running statistics live in the collection `batch_stats`; `train=False` uses them, so that evaluation treats each
+    token alone and keeps the chunk law.
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        shape = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, wide.dtype)
+        running_variance = self.variable("batch_stats", "variance", jnp.ones, shape, wide.dtype)
+        mean, variance = running_mean.value, running_variance.value
+        if train:
+            over = tuple(range(x.ndim - 1))
+            mean, variance = jnp.mean(wide, axis=over), jnp.var(wide, axis=over)
+            if not self.is_initializing():
+                keep = self.momentum
+                running_mean.value = keep * running_mean.value + (1 - keep) * mean
+                running_variance.value = keep * running_variance.value + (1 - keep) * variance
+        y = (wide - mean) * jax.lax.rsqrt(variance + self.epsilon)
+        y = y * _vector(self, "scale", nn.initializers.ones, x) + _vector(self, "bias", nn.initializers.zeros, x)
+        return y.astype(self.dtype)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm}
+
+
+def make_norm(kind: str, **options: Any) -> nn.Module:
+    """The normalisation called `kind`."""
+    return choose(NORMS, kind, "model.norm")(**options)
+
+
+def norm_parameters(kind: str, width: int) -> int:
+    """How many parameters a normalisation of this kind trains."""
+    return width if kind == "rms" else 2 * width
+
+
+def _vector(module: nn.Module, name: str, init: Any, x: Array) -> Array:
+    return module.param(name, nn.with_logical_partitioning(init, ("norm",)), (x.shape[-1],), module.param_dtype)

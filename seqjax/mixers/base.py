@@ -1,0 +1,105 @@
+"""The contract that every sequence mixer keeps, and the law that ties its faces together.
+
+A mixer is one pure function with three faces: *parallel* (a whole sequence), *carried* (a chunk of any length and a
+state, one token included) and *split* (the sequence divided over devices).
+
+**The chunk law.** For every split `x = x1 ++ x2 ++ ...`, chaining the carried calls equals one parallel call: outputs,
+final state, and gradients with respect to inputs, parameters and initial state. `seqjax.testing.check_mixer` holds any
+mixer to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqjax.config import ConfigError
+
+State = Any  # a pytree of arrays
+DType = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one forward pass over one sequence costs, computed without building anything.
+
+    Attributes:
+      parameters: number of trained scalars.
+      flops: of one sequence, floating-point operations (a multiply-add is 2); attention counts the pairs it needs.
+      state_bytes: bytes of carried state of one sequence, with `length` as the cache's capacity.
+    """
+
+    parameters: int = 0
+    flops: int = 0
+    state_bytes: int = 0
+
+    def __add__(self, other: Costs) -> Costs:
+        return Costs(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+    def __mul__(self, times: int) -> Costs:
+        return Costs(*(times * a for a in dataclasses.astuple(self)))
+
+    __rmul__ = __mul__
+
+
+class Mixer(nn.Module):
+    """Mixes information along the sequence; a Linen module, so `init` and `apply` are pure functions.
+
+    Attributes:
+      embed_dim: width D of inputs and outputs.
+      causal: False asks for the bidirectional form; a mixer without one refuses it when built (`bidirectional`).
+      dtype: of the computation; recurrent state is kept in at least float32.
+      param_dtype: of the parameters.
+    """
+
+    embed_dim: int
+    causal: bool = True
+    dtype: DType = jnp.float32
+    param_dtype: DType = jnp.float32
+
+    bidirectional: ClassVar[bool] = False
+    """Whether `causal=False` is supported."""
+    carries_state: ClassVar[bool] = True
+    """Whether the causal form continues from a state."""
+    segments: ClassVar[bool] = True
+    """Whether `segment_ids` are honoured."""
+    optimizer_groups: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal and not self.bidirectional:
+            raise ConfigError(f"model.causal=False: {type(self).__name__} has no bidirectional form; allowed: True.")
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        state: State | None = None,
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        train: bool = False,
+    ) -> tuple[Float[Array, "B L D"], State | None]:
+        """Mix `x`; with a `state`, continue from it and return the next one (None otherwise)."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def init_state(self, batch_size: int, max_length: int) -> State:
+        """The state before the first token; every leaf leads with the batch, except scalars."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def costs(self, length: int) -> Costs:
+        """Parameters, FLOPs and state of one sequence of `length` tokens."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def refuse_state(self) -> None:
+        """Raise the error of a bidirectional mixer that is asked for a state."""
+        raise ConfigError(
+            f"{type(self).__name__} with causal=False sees the whole sequence at once, so it carries no state; "
+            "allowed: causal=True, or a call without a state."
+        )

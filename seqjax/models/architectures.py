@@ -1,0 +1,9 @@
+"""The architectures that are residual stacks: one line each."""
+
+from __future__ import annotations
+
+from seqjax.models.sequence_model import register_stack
+
+TINY = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "max_length": 64}
+
+register_stack("transformer", pattern=("attention", "mlp"), example=TINY | {"num_heads": 4}, causal=(True, False))

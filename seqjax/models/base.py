@@ -1,0 +1,156 @@
+"""What every model shares: inputs become vectors, a body mixes them, a head reads them out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqjax.config import ConfigError, allowed_values, choose
+from seqjax.layers.dense import Dense
+from seqjax.layers.embedding import PositionTable, TokenEmbedding
+from seqjax.layers.positions import POSITIONS, sinusoids
+from seqjax.mixers.base import Costs, State
+from seqjax.models.heads import HEADS, Head, check_pool
+
+
+class Model(nn.Module):
+    """Embedding, body and head. A subclass gives the body.
+
+    Attributes:
+      vocab_size: number of tokens, for `[B, L]` integer inputs.
+      input_dim: number of channels C, for `[B, L, C]` float inputs; exactly one of the two is given.
+      embed_dim: width D.
+      head: a key of `HEADS`; "language_model" reads out `vocab_size`, classifier and matching `num_classes`, regression and
+        forecast `output_dim` (and `horizon` steps).
+      pool: "mean" or "last", for heads that read a whole sequence.
+      tie_embeddings: the language-model head reuses the embedding table.
+      position: "learned" and "sinusoidal" act here, "rope" and "alibi" inside attention, "none" nowhere.
+      max_length: positions in the learned table, and the longest sequence it takes.
+      causal: False asks for the bidirectional form.
+      dropout: rate on the embedding and on each sub-layer's output.
+      dtype: of the computation, "float32", "bfloat16" or "float64"; param_dtype: of the parameters.
+    """
+
+    embed_dim: int
+    vocab_size: int | None = None
+    input_dim: int | None = None
+    head: str = "language_model"
+    num_classes: int | None = None
+    output_dim: int | None = None
+    horizon: int = 1
+    pool: str = "mean"
+    tie_embeddings: bool = True
+    position: str = "rope"
+    max_length: int = 1024
+    causal: bool = True
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.vocab_size is None) == (self.input_dim is None):
+            raise ConfigError(
+                f"model.vocab_size={self.vocab_size} and model.input_dim={self.input_dim}: give exactly one, "
+                "vocab_size for tokens or input_dim for continuous inputs."
+            )
+        if self.embed_dim < 1:
+            raise ConfigError(f"model.embed_dim={self.embed_dim} is not positive; allowed: 1 and above.")
+        head = choose(HEADS, self.head, "model.head")
+        if getattr(self, head.size_option) is None:
+            raise ConfigError(f"model.head={self.head!r} needs model.{head.size_option}, which was not given.")
+        check_pool(self.pool)
+        for key in ("dtype", "param_dtype"):
+            choose(DTYPES, getattr(self, key), f"model.{key}")
+        if self.position not in POSITIONS:
+            raise ConfigError(f"model.position={self.position!r} is unknown; {allowed_values(self.position, POSITIONS)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout={self.dropout} is not a rate; allowed: from 0.0 up to, not including, 1.0.")
+
+    @property
+    def tied(self) -> bool:
+        return self.tie_embeddings and self.head == "language_model" and self.vocab_size is not None
+
+    @nn.nowrap
+    def make_head(self, **where: Any) -> Head:
+        """The head module; `where` may name it and its parent."""
+        kind = HEADS[self.head]
+        size = getattr(self, kind.size_option)
+        options = {"horizon": self.horizon, "pool": self.pool, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        return kind(size, **options, **where)
+
+    def embed(
+        self, inputs: Array, positions: Int[Array, "#B L"], train: bool
+    ) -> tuple[Float[Array, "B L D"], TokenEmbedding | None]:
+        """Vectors of the inputs with their positions added, and the token table where there is one."""
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.vocab_size is not None:
+            table = TokenEmbedding(self.vocab_size, self.embed_dim, name="embedding", **options)
+            x = table(inputs)
+        else:
+            table = None
+            x = Dense(self.embed_dim, (None, "embed"), name="embedding", **options)(inputs)
+        if self.position == "learned":
+            x = x + PositionTable(self.max_length, self.embed_dim, name="positions", **options)(positions)
+        elif self.position == "sinusoidal":
+            x = x + sinusoids(positions, self.embed_dim, self.dtype)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        return nn.with_logical_constraint(x, ("batch", "length_act", "embed_act")), table
+
+    @nn.nowrap
+    def check_inputs(self, inputs: Array, state: State | None) -> None:
+        """Raise a ConfigError for inputs of the wrong rank, kind or length, or a state that the head cannot carry."""
+        pair = self.head == "matching"
+        kind = "tokens, integers" if self.vocab_size is not None else f"floats with {self.input_dim} channels"
+        rank = 2 + pair + (self.vocab_size is None)
+        integers = jnp.issubdtype(inputs.dtype, jnp.integer)
+        channels = self.vocab_size is not None or inputs.shape[-1:] == (self.input_dim,)
+        if inputs.ndim != rank or integers != (self.vocab_size is not None) or not channels:
+            shape = f"[B, {'2, ' if pair else ''}L{'' if self.vocab_size is not None else ', C'}]"
+            raise ConfigError(f"inputs of shape {inputs.shape}, {inputs.dtype}: this model takes {shape} {kind}.")
+        length = inputs.shape[1 + pair]
+        if self.position == "learned" and length > self.max_length:
+            raise ConfigError(
+                f"a sequence of {length} tokens is longer than the position table, model.max_length={self.max_length}; "
+                "raise it, or use model.position='rope', 'alibi', 'sinusoidal' or 'none'."
+            )
+        if state is not None and not HEADS[self.head].per_token:
+            raise ConfigError(f"model.head={self.head!r} reads the whole sequence at once, so the model carries no state.")
+
+    @nn.nowrap
+    def check_state(self, max_length: int) -> None:
+        """Raise a ConfigError if this model carries no state, or none for `max_length` tokens."""
+        if not self.causal:
+            raise ConfigError("model.causal=False sees the whole sequence at once, so it carries no state; allowed: True.")
+        if not HEADS[self.head].per_token:
+            raise ConfigError(f"model.head={self.head!r} reads the whole sequence at once, so the model carries no state.")
+        if self.position == "learned" and max_length > self.max_length:
+            raise ConfigError(
+                f"a state for {max_length} tokens is longer than the position table, model.max_length={self.max_length}."
+            )
+
+    @nn.nowrap
+    def frame_costs(self, length: int) -> Costs:
+        """Costs of embedding and head."""
+        inputs = self.vocab_size if self.vocab_size is not None else self.input_dim + 1
+        parameters = inputs * self.embed_dim + (self.position == "learned") * self.max_length * self.embed_dim
+        flops = 0 if self.vocab_size is not None else 2 * length * self.input_dim * self.embed_dim
+        head = self.make_head(parent=None)
+        parameters += head.parameters(self.embed_dim, self.tied)
+        return Costs(parameters=parameters, flops=flops + head.flops(self.embed_dim, length))
+
+    @nn.nowrap
+    def optimizer_groups(self) -> tuple[tuple[str, str], ...]:
+        """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
+        return ()
+
+    @nn.nowrap
+    def prepare(self, variables: Any) -> Any:
+        """Variables with constants derived from them (a discretised matrix, say); `generate` calls it once."""
+        return variables
+
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

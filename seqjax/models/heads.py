@@ -1,0 +1,158 @@
+"""What a body's features become: logits, class scores, a match of two sequences, values, a forecast. Any head fits any body."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from seqjax.config import ConfigError
+from seqjax.layers.dense import Dense
+
+
+class Head(nn.Module):
+    """Maps features `[B, L, D]` to a model's outputs.
+
+    Attributes:
+      output_dim: width of the output: vocabulary, number of classes, or channels.
+      horizon: how many steps a forecast spans.
+      pool: how a sequence becomes one vector: "mean" over its valid tokens, or its "last" valid token.
+    """
+
+    output_dim: int
+    horizon: int = 1
+    pool: str = "mean"
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    per_token: ClassVar[bool] = True
+    """Whether there is an output for every token, so that the model can carry a state."""
+    size_option: ClassVar[str] = "output_dim"
+    """The model option that gives `output_dim`."""
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        """How many parameters the head trains."""
+        return embed_dim * self.output_dim + self.output_dim
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        """Floating-point operations on one sequence of `length` tokens."""
+        return 2 * embed_dim * self.output_dim * (length if self.per_token else 1)
+
+    def _dense(self, name: str, features: int, axes: tuple[str | None, str | None], use_bias: bool = True) -> Dense:
+        return Dense(features, axes, use_bias=use_bias, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+
+
+class LanguageModelHead(Head):
+    """Logits over the vocabulary for every token; with a tied embedding, inner products with its table."""
+
+    size_option = "vocab_size"
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B L D"], segment_ids: Array | None = None, attend: Callable | None = None
+    ) -> Float[Array, "B L V"]:
+        logits = attend(x) if attend else self._dense("logits", self.output_dim, ("embed", "vocab"), False)(x)
+        return nn.with_logical_constraint(logits, ("batch", "length_act", "vocab_act"))
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return 0 if tied else embed_dim * self.output_dim
+
+
+class RegressionHead(Head):
+    """`output_dim` values for every token."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B L O"]:
+        return self._dense("values", self.output_dim, ("embed", None))(x)
+
+
+class ClassifierHead(Head):
+    """Class scores of a whole sequence, from its pooled features. Tokens of segment 0 are padding."""
+
+    per_token = False
+    size_option = "num_classes"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B C"]:
+        return self._dense("scores", self.output_dim, ("embed", None))(pool(x, segment_ids, self.pool))
+
+
+class MatchingHead(Head):
+    """Class scores of a pair, from both towers' pooled features `u`, `v` as `[u, v, u - v, u * v]` (Mou et al. 2016).
+
+    The body sees the pair as two rows; inputs are `[B, 2, L]`.
+    """
+
+    per_token = False
+    size_option = "num_classes"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B2 L D"], segment_ids=None, attend=None) -> Float[Array, "B C"]:
+        towers = pool(x, segment_ids, self.pool)
+        u, v = towers[0::2], towers[1::2]
+        pair = jnp.concatenate([u, v, u - v, u * v], axis=-1)
+        hidden = jax.nn.relu(self._dense("pair", x.shape[-1], (None, "embed"))(pair))
+        return self._dense("scores", self.output_dim, ("embed", None))(hidden)
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return 4 * embed_dim * embed_dim + embed_dim + super().parameters(embed_dim, tied)
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        # Halved: costs are per row of the body, and one pair is two of its rows.
+        return 4 * embed_dim * embed_dim + super().flops(embed_dim, length) // 2
+
+
+class ForecastHead(Head):
+    """The next `horizon` values of `output_dim` channels, from the last valid token's features."""
+
+    per_token = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B T O"]:
+        last = pool(x, segment_ids, "last")
+        flat = self._dense("forecast", self.horizon * self.output_dim, ("embed", None))(last)
+        return flat.reshape(-1, self.horizon, self.output_dim)
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return self.horizon * super().parameters(embed_dim, tied)
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        return self.horizon * super().flops(embed_dim, length)
+
+
+HEADS: dict[str, type[Head]] = {
+    "language_model": LanguageModelHead,
+    "classifier": ClassifierHead,
+    "matching": MatchingHead,
+    "regression": RegressionHead,
+    "forecast": ForecastHead,
+}
+
+
+def pool(x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None, how: str) -> Float[Array, "B D"]:
+    """One vector per row: the mean over tokens outside segment 0, or the last of them. Without ids all tokens count."""
+    if segment_ids is None:
+        return x.mean(axis=1) if how == "mean" else x[:, -1]
+    valid = segment_ids != 0
+    if how == "mean":
+        count = jnp.maximum(valid.sum(axis=1, keepdims=True), 1).astype(x.dtype)
+        return jnp.where(valid[..., None], x, 0).sum(axis=1) / count
+    last = x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def check_pool(how: str) -> None:
+    """Raise a ConfigError unless `how` is a way to pool."""
+    if how not in ("mean", "last"):
+        raise ConfigError(f"model.pool={how!r} is unknown; allowed: last, mean.")

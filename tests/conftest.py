@@ -1,0 +1,19 @@
+"""Settings of the whole suite, made before JAX starts."""
+
+import os
+import pathlib
+
+CACHE = pathlib.Path(__file__).parent.parent / ".cache"
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Tests compile much and compute little: compile fast, and keep what was compiled for the next run.
+FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("SEQJAX_DATA_DIR", str(CACHE / "data"))
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# The shapes and dtypes that signatures promise are checked at run time, in tests only.
+install_import_hook(["seqjax.ops", "seqjax.layers", "seqjax.models.heads", "seqjax.generation"], "beartype.beartype")

@@ -1,0 +1,90 @@
+"""Every registered mixer and architecture keeps every promise of the contract; new ones are found by themselves."""
+
+import time
+
+import hypothesis
+import pytest
+from hypothesis import strategies as st
+
+import seqjax
+from seqjax import registry, testing
+from seqjax.testing import conformance
+
+registry.load_all()
+
+CPU_SECONDS = 10.0
+"""What one mixer or architecture may cost, compilation included."""
+
+MIXER_VARIANTS = {
+    "attention": [
+        {"num_kv_heads": 2, "window": 4},
+        {"num_kv_heads": 1, "window": 6, "position": "alibi", "qkv_bias": True, "out_bias": True},
+        {"head_dim": 6, "position": "none", "implementation": "reference"},
+        {"causal": False},
+        {"causal": False, "window": 3, "position": "alibi"},
+    ],
+    "glu": [{"activation": "gelu", "mlp_bias": False}],
+}
+"""Options beside the defaults under which a mixer is held to the contract as well."""
+
+MODEL_VARIANTS = {
+    "transformer": [
+        {"norm": "rms", "norm_position": "post", "position": "learned", "num_layers": 1},
+        {"norm": "batch", "position": "sinusoidal", "tie_embeddings": False, "num_layers": 1},
+        {"pattern": (({"name": "attention", "window": 4}, "mlp"), ("attention", "glu")), "num_layers": 3, "unroll": 0},
+        {"vocab_size": None, "input_dim": 3, "head": "regression", "output_dim": 5, "num_layers": 1},
+        {"causal": False, "remat": "full"},
+    ],
+}
+
+SPENT: dict[str, float] = {}
+
+
+def make_subject(kind: str, name: str, options: dict) -> testing.Subject:
+    if kind == "mixer":
+        return testing.mixer_subject(registry.mixer(name)(embed_dim=16, **options))
+    model = seqjax.build({**seqjax.example_config(name).to_dict(), **options})
+    entry = registry.architecture(name)
+    return testing.model_subject(model, carries_state=entry.carries_state, segments=entry.segments)
+
+
+def find_subjects() -> dict[str, testing.Subject]:
+    """Everything registered, with its variants; nothing is compiled yet."""
+    found = {}
+    for kind, names, variants in (
+        ("mixer", registry.MIXERS, MIXER_VARIANTS),
+        ("model", registry.ARCHITECTURES, MODEL_VARIANTS),
+    ):
+        for name in names:
+            for i, options in enumerate([{}, *variants.get(name, [])]):
+                found[f"{kind}-{name}-{i}"] = make_subject(kind, name, options)
+    return found
+
+
+SUBJECTS = find_subjects()
+# One worker takes all checks of a subject, so that its programs are compiled once.
+CASES = [
+    pytest.param(label, check, id=f"{label}-{check.__name__}", marks=pytest.mark.xdist_group(label))
+    for label, made in SUBJECTS.items()
+    for check in testing.checks_for(carries_state=made.carries_state, segments=made.segments, causal=made.causal)
+]
+
+
+@pytest.mark.parametrize(("label", "check"), CASES)
+def test_keeps_its_promises(label, check):
+    start = time.process_time()
+    try:
+        check(SUBJECTS[label])
+    finally:
+        SPENT[label] = SPENT.get(label, 0.0) + time.process_time() - start
+    assert SPENT[label] < CPU_SECONDS, f"{label} costs {SPENT[label]:.1f} CPU seconds; allowed: {CPU_SECONDS}"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", sorted(registry.ARCHITECTURES))
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(seed=st.integers(1, 10**6))
+def test_chunk_law_for_many_splits(name, seed):
+    made = SUBJECTS[f"model-{name}-0"]
+    if made.carries_state:
+        conformance.chunks_equal_one_call(made, [seed])

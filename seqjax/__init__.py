@@ -35,6 +35,7 @@ _HOMES = {
     "register_mixer": "seqjax.registry",
     "register_stack": "seqjax.models.sequence_model",
     "register_task": "seqjax.registry",
+    "save_pretrained": "seqjax.interop.pretrained",
 }
 __all__ = sorted(_HOMES)
 

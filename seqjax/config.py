@@ -84,8 +84,8 @@ def allowed_values(given: Any, allowed: Iterable[str]) -> str:
     """The second half of an error sentence: the nearest valid name and all that are allowed."""
     names = sorted(str(a) for a in allowed)
     near = difflib.get_close_matches(str(given), names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Allowed: {', '.join(names) or 'none'}."
+    hint = f"did you mean {near[0]!r}? Allowed" if near else "allowed"
+    return f"{hint}: {', '.join(names) or 'none'}."
 
 
 def _check_type(value: Any, annotation: Any, where: str) -> Any:

@@ -31,6 +31,15 @@ class Tokenizer(abc.ABC):
     def decode(self, ids: np.ndarray) -> str:
         """The text of `[N]` ids."""
 
+    def start(self) -> np.ndarray:
+        """`[1]` int32: what text is generated from when there is no prompt: the beginning id, or the end of a line."""
+        if self.bos_id is not None:
+            return np.array([self.bos_id], np.int32)
+        try:
+            return self.encode("\n")
+        except ConfigError:
+            return np.zeros(1, np.int32)
+
     @abc.abstractmethod
     def to_json(self) -> str:
         """All of the tokenizer as JSON text, for checkpoints and exports."""

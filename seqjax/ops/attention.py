@@ -214,11 +214,11 @@ def _scores(block: _Block, pairs: _Pairs, masks: _Masks, q: Array, k: Array) -> 
 
 def _merge_rows(a: Array) -> Array:
     """`[B, G, R, t, ...]` to `[B, G, R * t, ...]`: one axis of rows makes every product a plain matrix product."""
-    return a.reshape(*a.shape[:2], -1, a.shape[-1])
+    return a.reshape(*a.shape[:2], a.shape[2] * a.shape[3], a.shape[-1])
 
 
 def _split_rows(a: Array, repeats: int) -> Array:
-    return a.reshape(*a.shape[:2], repeats, -1, a.shape[-1])
+    return a.reshape(*a.shape[:2], repeats, a.shape[2] // repeats, a.shape[-1])
 
 
 def _block_size(length: int) -> int:

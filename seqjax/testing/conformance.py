@@ -301,11 +301,10 @@ CHECKS = (
 
 def checks_for(*, carries_state: bool, segments: bool, causal: bool) -> list[Callable[[Subject], None]]:
     """The checks that apply to a module with these abilities."""
-    checks = list(ALWAYS)
+    checks = [never_looks_ahead] if causal else [sees_both_sides, bidirectional_refuses_state]
     checks += CARRIED if causal and carries_state else []
-    checks += [never_looks_ahead] if causal else [sees_both_sides, bidirectional_refuses_state]
     checks += [segments_are_independent] if segments else []
-    return checks
+    return [*checks, *ALWAYS]
 
 
 def mixer_subject(mixer: nn.Module) -> Subject:

@@ -1,0 +1,85 @@
+"""Losses and scores of a batch, as sums and counts.
+
+Every function returns `{name: (sum, count)}`, float32 scalars, never a mean: sums and counts add up exactly over
+microbatches, devices, hosts and evaluation batches, and are divided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from seqjax.config import ConfigError
+
+Sums = dict[str, tuple[Array, Array]]
+Loss = Callable[[Array, dict[str, Array]], Sums]
+
+
+def softmax_cross_entropy(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"], weights: Num[Array, "*B"] | None = None
+) -> Sums:
+    """Negative log-likelihood of `targets`, in nats, and how often the largest logit is the target.
+
+    Args:
+      logits: unnormalised, of any float dtype; the arithmetic is in at least float32.
+      targets: per token `[B, L]` or per sequence `[B]`, in `0..V-1`.
+      weights: how much each target counts; 0 leaves it out.
+    Returns:
+      Sums over all targets, under `loss` and `accuracy`; the counts are the weights' sum.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # A masked sum, not a gather: with the vocabulary split over devices it needs no exchange but the final addition.
+    chosen = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(chosen, logits, 0.0), axis=-1)
+    hits = (jnp.argmax(logits, axis=-1) == targets).astype(logits.dtype)
+    weights = _weights_like(nll, weights)
+    count = jnp.sum(weights)
+    return {"loss": (_weighted_sum(nll, weights), count), "accuracy": (_weighted_sum(hits, weights), count)}
+
+
+def squared_error(
+    predictions: Float[Array, "..."], targets: Float[Array, "..."], weights: Num[Array, "..."] | None = None
+) -> Sums:
+    """Squared error of every predicted value, under `loss`.
+
+    Args:
+      predictions: same shape as `targets`, `[B, L, C]` or `[B, T, C]`; a last dimension of 1 may be missing in either.
+      weights: leads like `targets`, `[B, L]` or `[B]` say; 0 leaves values out. The count is of values: weights times C.
+    """
+    if predictions.shape == (*targets.shape, 1):
+        predictions = predictions[..., 0]
+    elif targets.shape == (*predictions.shape, 1):
+        targets = targets[..., 0]
+    if predictions.shape != targets.shape:
+        raise ConfigError(f"the model predicts values of shape {predictions.shape}; the task's are {targets.shape}.")
+    wide = jnp.promote_types(predictions.dtype, jnp.float32)
+    error = jnp.square(predictions.astype(wide) - targets.astype(wide))
+    weights = _weights_like(error, weights)
+    return {"loss": (_weighted_sum(error, weights), jnp.sum(weights))}
+
+
+def loss_of(task: Any) -> Loss:
+    """The loss of a task: its own `loss(outputs, batch)` where it has one, else by the kind of its targets."""
+    return getattr(task, "loss", None) or by_targets
+
+
+def by_targets(outputs: Array, batch: dict[str, Array]) -> Sums:
+    """Cross-entropy for integer targets, squared error for floats."""
+    integers = jnp.issubdtype(batch["targets"].dtype, jnp.integer)
+    return (softmax_cross_entropy if integers else squared_error)(outputs, batch["targets"], batch.get("weights"))
+
+
+def _weights_like(values: Array, weights: Array | None) -> Array:
+    if weights is None:
+        return jnp.ones(values.shape, values.dtype)
+    weights = weights.reshape(weights.shape + (1,) * (values.ndim - weights.ndim))
+    return jnp.broadcast_to(weights.astype(values.dtype), values.shape)
+
+
+def _weighted_sum(values: Array, weights: Array) -> Array:
+    """The sum, in which a value of weight 0 counts nothing even if it is infinite."""
+    return jnp.sum(jnp.where(weights == 0, 0.0, values * weights))

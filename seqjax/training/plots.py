@@ -1,0 +1,42 @@
+"""loss.png: training and validation loss over steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from seqjax.training.writers import Record
+
+
+def plot_losses(records: Sequence[Record], path: Path, unit: str = "loss", baselines: dict[str, float] | None = None) -> bool:
+    """Draw the records' losses; False if matplotlib is not installed.
+
+    Args:
+      unit: of the losses, for the axis.
+      baselines: losses to draw as horizontal lines, by name.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    # A Figure of its own, not pyplot: a notebook's backend and open figures stay as they are.
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for split, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o", "markersize": 3})):
+        points = [(r["step"], r["loss"]) for r in records if r["split"] == split and r.get("loss") is not None]
+        if points:
+            axes.plot(*zip(*points), label=split, **style)
+    for name, value in (baselines or {}).items():
+        axes.axhline(value, linestyle="--", linewidth=1, color="gray")
+        axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    axes.set(xlabel="step", ylabel=unit)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    figure.savefig(partial, dpi=120)
+    os.replace(partial, path)
+    return True

@@ -1,0 +1,71 @@
+"""Makes the small random models in `tests/interop/pretrained`, with the logits that transformers computes.
+
+python tests/interop/make_pretrained.py     # needs torch, transformers and safetensors; see tests/interop/pretrained/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+SEED = 20260726
+HERE = pathlib.Path(__file__).parent / "pretrained"
+SIZES = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 1}
+
+
+def main() -> None:
+    gpt2 = GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=24, **SIZES)
+    llama = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24, **SIZES}
+    grouped = LlamaConfig(num_key_value_heads=2, head_dim=8, max_position_embeddings=64, rope_theta=5000.0, **llama)
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    # Of the four planes of a head this keeps one, has one on the ramp, and stretches two.
+    rope = {**llama3, "original_max_position_embeddings": 32, "rope_theta": 100.0}
+    stretched = LlamaConfig(
+        max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=rope, **(llama | {"num_attention_heads": 2})
+    )
+    write("gpt2", GPT2LMHeadModel(gpt2))
+    write("llama_grouped", LlamaForCausalLM(grouped))
+    write("llama_rope3_tied", LlamaForCausalLM(stretched))
+
+
+def write(name: str, model: PreTrainedModel) -> None:
+    """Randomise every parameter, and save the model, some tokens and their logits."""
+    generator = torch.Generator().manual_seed(SEED)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            centre = 1.0 if "ln_" in key or "norm" in key else 0.0
+            if key.endswith("weight"):
+                parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    folder = HERE / name
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink()
+    if name == "gpt2":
+        as_on_the_hub(model, folder)
+    tokens = torch.randint(SIZES["vocab_size"], (2, 20), generator=generator)
+    with torch.no_grad():
+        logits = model.eval()(tokens).logits
+    np.savez(folder / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+
+
+def as_on_the_hub(model: GPT2LMHeadModel, folder: pathlib.Path) -> None:
+    """GPT-2's file on the Hub has no prefix, holds the causal masks, and an older config."""
+    length = model.config.n_positions
+    mask = torch.tril(torch.ones(length, length, dtype=torch.uint8))[None, None]
+    tensors = {f"h.{i}.attn.bias": mask.clone() for i in range(model.config.n_layer)}
+    tensors |= {key: value.detach().clone() for key, value in model.transformer.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("n_inner", "tie_word_embeddings", "dtype", "scale_attn_by_inverse_layer_idx", "add_cross_attention"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config | {"n_ctx": length}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

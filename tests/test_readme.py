@@ -1,0 +1,82 @@
+"""What the README shows is true: its listing of a new architecture runs, and keeps the contract."""
+
+import pathlib
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import seqjax
+from seqjax import registry
+from seqjax.mixers.base import Costs, Mixer
+from seqjax.ops.segments import SegmentState, segments
+from seqjax.testing import check_mixer, check_model
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def moving_average():
+    listing = next(block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "register_mixer" in block)
+    names = {"seqjax": seqjax, "Mixer": Mixer, "Costs": Costs, "nn": nn, "jax": jax, "jnp": jnp}
+    exec(listing, names | {"segments": segments, "SegmentState": SegmentState, "__name__": __name__})
+    yield registry.MIXERS["moving_average"]
+    del registry.MIXERS["moving_average"], registry.ARCHITECTURES["moving_average"]
+
+
+def test_the_listing_keeps_every_promise(moving_average):
+    check_mixer(moving_average(embed_dim=16))
+    model = seqjax.build(seqjax.example_config("moving_average"))
+    check_model(model)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))
+    assert seqjax.generate(model, variables, [[1, 2], [3]], 3).shape == (2, 3)
+
+
+def test_a_broken_mixer_is_told_what_it_breaks(moving_average):
+    class Forgetful(moving_average):
+        def __call__(self, x, state=None, **options):
+            y, after = super().__call__(x, state, **options)
+            return y, after and {**after, "average": jnp.zeros_like(after["average"])}
+
+    class Leaky(moving_average):
+        def __call__(self, x, state=None, **options):
+            y, after = super().__call__(jnp.flip(x, 1), state, **options)
+            return jnp.flip(y, 1), after
+
+    class Deaf(moving_average):
+        def __call__(self, x, state=None, *, segment_ids=None, train=False):
+            return super().__call__(x, state, train=train)
+
+    for broken, words in ((Forgetful, "of split"), (Leaky, "depends on later inputs"), (Deaf, "neighbours")):
+        with pytest.raises(AssertionError, match=words):
+            check_mixer(broken(embed_dim=8))
+
+
+def test_every_linked_file_exists():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).exists(), f"README links to {target}, which does not exist"
+
+
+def test_every_architecture_is_in_the_table():
+    ours = [name for name, entry in registry.ARCHITECTURES.items() if entry.make.__module__.startswith("seqjax.")]
+    assert set(ours) <= set(seqjax.list_architectures()) and ours
+    for name in ours:
+        assert f"| `{name}` |" in README
+
+
+def test_every_config_is_in_the_readme_and_builds():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        assert f"configs/{path.name}" in README
+        scope: dict = {}
+        exec(path.read_text(), scope)
+        config = scope["get_config"]().copy_and_resolve_references()
+        with config.model.ignore_type():
+            config.model.vocab_size = config.model.vocab_size or 257
+        model = seqjax.build(config)
+        tokens = jax.ShapeDtypeStruct((2, 16), np.int32)
+        outputs = jax.eval_shape(lambda key, x, model=model: model.init_with_output(key, x)[0][0], jax.random.key(0), tokens)
+        assert outputs.shape == (2, 16, 257)

@@ -97,15 +97,17 @@ class _Masks(NamedTuple):
     alibi_slopes: Array | None
 
 
-def _masked(scores: Array, pairs: _Pairs, masks: _Masks, q_from: int, k_from: int) -> Array:
-    """Add the penalty to `scores [B, G, R, t, s]`, whose first query and key are `q_from`, `k_from`; -inf where masked."""
-    groups, repeats, queries, keys = scores.shape[1:]
+def _masked(scores: Array, pairs: _Pairs, masks: _Masks, block: _Block, repeats: int) -> Array:
+    """`scores [B, G, R * t, s]` of a block's queries and keys, less the penalty; -inf where masked."""
+    queries, keys = block.queries, block.keys
     q_offset = masks.q_offset if pairs.q_offset is None else pairs.q_offset
-    q_at = q_from + q_offset + jnp.arange(queries)
-    k_at = k_from + jnp.arange(keys) if masks.kv_positions is None else masks.kv_positions
+    # Rows run over the R heads of a group and, for each, over the queries.
+    q_at = jnp.tile(jnp.arange(queries.start, queries.stop) + q_offset, repeats)
+    k_at = jnp.arange(keys.start, keys.stop) if masks.kv_positions is None else masks.kv_positions
     distance = q_at[:, None] - k_at[None, :]
     if masks.alibi_slopes is not None:
-        slopes = masks.alibi_slopes.astype(scores.dtype).reshape(groups, repeats, 1, 1)
+        slopes = masks.alibi_slopes.astype(scores.dtype).reshape(-1, repeats)
+        slopes = jnp.repeat(slopes, queries.stop - queries.start, axis=1)[:, :, None]
         scores = scores - slopes * jnp.abs(distance).astype(scores.dtype)
     seen = []
     if pairs.causal:
@@ -113,9 +115,9 @@ def _masked(scores: Array, pairs: _Pairs, masks: _Masks, q_from: int, k_from: in
     if pairs.window is not None:
         seen.append(jnp.abs(distance) < pairs.window)
     if masks.segment_ids is not None:
-        q_ids = masks.segment_ids[0][:, q_from : q_from + queries, None]
-        k_ids = masks.segment_ids[1][:, None, k_from : k_from + keys]
-        seen.append(((q_ids == k_ids) & (k_ids >= 0))[:, None, None])
+        q_ids = jnp.tile(masks.segment_ids[0][:, queries], (1, repeats))[:, :, None]
+        k_ids = masks.segment_ids[1][:, None, keys]
+        seen.append(((q_ids == k_ids) & (k_ids >= 0))[:, None])
     return jnp.where(functools.reduce(jnp.logical_and, seen), scores, -jnp.inf) if seen else scores
 
 
@@ -124,8 +126,9 @@ def _reference(pairs: _Pairs, q: Array, k: Array, v: Array, masks: _Masks) -> Ar
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     batch, length, heads, width = q.shape
     q = q.astype(dtype).reshape(batch, length, k.shape[2], heads // k.shape[2], width)
+    everything = _Block(slice(0, length), slice(0, k.shape[1]))
     scores = pairs.scale * jnp.einsum("btgrk,bsgk->bgrts", q, k.astype(dtype))
-    scores = _masked(scores, pairs, masks, 0, 0)
+    scores = _split_rows(_masked(_merge_rows(scores), pairs, masks, everything, scores.shape[2]), scores.shape[2])
     top = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0))
     total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -208,8 +211,8 @@ def _query_blocks(pairs: _Pairs, masks: _Masks, length: int, num_keys: int) -> l
 def _scores(block: _Block, pairs: _Pairs, masks: _Masks, q: Array, k: Array) -> Array:
     """Masked scores `[B, G, R * t, s]` of one block."""
     rows = _merge_rows(q[:, :, :, block.queries] * pairs.scale)
-    scores = _split_rows(_matmul("bgqk,bgsk->bgqs", rows, k[:, :, block.keys]), q.shape[2])
-    return _merge_rows(_masked(scores, pairs, masks, block.queries.start, block.keys.start))
+    scores = _matmul("bgqk,bgsk->bgqs", rows, k[:, :, block.keys])
+    return _masked(scores, pairs, masks, block, q.shape[2])
 
 
 def _merge_rows(a: Array) -> Array:

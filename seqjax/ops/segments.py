@@ -57,8 +57,14 @@ def segments(segment_ids: Int[Array, "B L"] | None, state: SegmentState, length:
         return found, state._replace(position=state.position + length)
     ids = segment_ids.astype(jnp.int32)
     starts = ids != jnp.concatenate([state.last_id[:, None], ids[:, :-1]], axis=1)
-    runs = state.run[:, None] + jnp.cumsum(starts, axis=1, dtype=jnp.int32)
+    runs = _computed_once(state.run[:, None] + jnp.cumsum(starts, axis=1, dtype=jnp.int32))
     steps = jnp.arange(length, dtype=jnp.int32)
     last_start = jax.lax.cummax(jnp.where(starts, steps, -1), axis=1)
     positions = jnp.where(last_start >= 0, steps - last_start, state.position[:, None] + steps)
     return Segments(starts, runs, positions), SegmentState(ids[:, -1], runs[:, -1], positions[:, -1] + 1)
+
+
+def _computed_once(runs: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """The same numbers. XLA for CPU fuses a running sum into every mask that reads it, and then takes it anew for every
+    pair of tokens: a third of a training step. Runs are sorted already, and a sort is never fused."""
+    return jax.lax.platform_dependent(runs, cpu=lambda r: jax.lax.sort(r, dimension=1), default=lambda r: r)

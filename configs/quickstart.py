@@ -18,10 +18,10 @@ def get_config():
             "window": 256,
             "unroll": 0,
         },
-        data={"name": "python_source", "batch_size": 16, "sequence_length": 256},
+        data={"name": "python_source", "batch_size": 8, "sequence_length": 256},
         optimizer={
             "name": "adamw",
-            "learning_rate": 4e-3,
+            "learning_rate": 2.5e-3,
             "schedule": "cosine",
             "warmup_steps": 100,
             "final_fraction": 0.02,
@@ -29,5 +29,5 @@ def get_config():
             "beta2": 0.98,
             "clip_norm": 1.0,
         },
-        training={"num_steps": 1000, "log_every": 20, "eval_every": 250, "checkpoint_every": 250, "sample_tokens": 300},
+        training={"num_steps": 2000, "log_every": 20, "eval_every": 1000, "checkpoint_every": 250, "sample_tokens": 300},
     )

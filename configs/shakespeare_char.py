@@ -28,7 +28,7 @@ def get_config():
         },
         optimizer={
             "name": "adamw",
-            "learning_rate": 4e-3,
+            "learning_rate": 2.5e-3,
             "schedule": "cosine",
             "warmup_steps": 100,
             "final_fraction": 0.02,

@@ -12,8 +12,10 @@ import functools
 import importlib.util
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +25,14 @@ import optax
 import seqjax
 from seqjax.interop.pretrained import save_pretrained
 from seqjax.ops.attention import flash_attention
+from seqjax.parallel.rules import use_mesh
 from seqjax.scaling.record import PACKAGES, provenance, table, write_record
 from seqjax.scaling.timing import Timing, time_side_by_side
+from seqjax.training.loop import train
 from seqjax.training.losses import by_targets
+from seqjax.training.progress import Console
 from seqjax.training.step import TrainState, make_train_step
+from seqjax.training.trainer import Trainer
 
 Rows = list[dict[str, Any]]
 
@@ -118,6 +124,45 @@ def _jax_step(model: Any, variables: Any, batch: dict[str, jax.Array]) -> Callab
         return jax.block_until_ready(total / count)
 
     return step
+
+
+def loop_overhead(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """What the training loop adds to a step: its time per step when the step itself takes none, beside the bare step's."""
+    config = seqjax.experiment_config(
+        model={"name": "transformer", "embed_dim": args.width, "num_layers": args.layers, "num_heads": args.heads, "unroll": 0},
+        data={"name": "python_source", "batch_size": args.batch, "sequence_length": args.length},
+        training={"num_steps": args.steps, "eval_every": 0, "checkpoint_every": 0, "plot": False},
+    )
+    trainer = Trainer(config)
+    with use_mesh(trainer.mesh):
+        state, batch = trainer.init(), trainer.place(trainer.task.batch(0))
+        state, metrics = jax.block_until_ready(trainer.step(state, batch))
+        bare = []
+        for _ in range(args.rounds):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(trainer.step(state, batch))
+            bare.append(time.perf_counter() - start)
+    called = []
+
+    def no_step(self: Trainer, state: Any, batch: Any) -> Any:
+        called.append(time.perf_counter())
+        return state, metrics
+
+    # The evaluation that ends a run comes after the last call, so it is not in the figures.
+    with (
+        tempfile.TemporaryDirectory() as workdir,
+        mock.patch.object(Trainer, "step", no_step),
+        mock.patch.object(Trainer, "evaluate", lambda *_: {"loss": 0.0}),
+        mock.patch.object(Console, "line", lambda *_: None),
+    ):
+        train(config, workdir)
+    timings = {"bare step": Timing(tuple(bare)), "loop without a step": Timing(tuple(np.diff(called)))}
+    rows = [
+        {"what": name, "median_s": t.median, "quartiles_s": " to ".join(f"{q:.4g}" for q in t.quartiles)}
+        for name, t in timings.items()
+    ]
+    mean = (called[-1] - called[0]) / (len(called) - 1)
+    return rows, {"overhead": mean / timings["bare step"].median}
 
 
 def generate(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
@@ -214,6 +259,7 @@ def parser() -> argparse.ArgumentParser:
 
     model = {"layers": 6, "width": 384, "heads": 6, "batch": 8}
     command(train_step, 20, ("torch", "transformers"), **model, length=256, threads=os.cpu_count() or 1)
+    command(loop_overhead, 10, **model, length=256, steps=300)
     command(generate, 1, **model, prompt=16, new_tokens=512, bucket=64)
     shapes = [(4, 512, 4, 64), (1, 4096, 4, 64)]
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")

@@ -20,7 +20,9 @@ _PROFILE = flags.DEFINE_bool("profile", False, "Trace a few steps into WORKDIR/p
 
 def main() -> None:
     from seqjax.training.loop import train
+    from seqjax.training.memory import keep_freed_memory
 
+    keep_freed_memory()
     config = _CONFIG.value
     if _PROFILE.value and not config.training.profile_steps:
         config.training.profile_steps = 5

@@ -57,6 +57,11 @@ class Dense(nn.Module):
         return y
 
 
+def scaled_init(scale: float) -> nn.initializers.Initializer:
+    """Standard deviation `scale / sqrt(inputs)`; 0 gives zeros."""
+    return nn.initializers.variance_scaling(scale**2, "fan_in", "normal") if scale else nn.initializers.zeros
+
+
 def _length_is_sharded() -> bool:
     """Whether the current mesh and logical rules divide activations along the sequence."""
     axes = nn.logical_to_mesh_axes(("length_act",))[0]

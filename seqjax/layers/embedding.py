@@ -18,7 +18,8 @@ class TokenEmbedding(nn.Module):
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        # A tied head then starts with logits of unit size, whatever the width.
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.embed_dim**-0.5), ("vocab", "embed"))
         self.table = self.param("table", init, (self.vocab_size, self.embed_dim), self.param_dtype)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:

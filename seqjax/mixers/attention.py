@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqjax.config import ConfigError, allowed_values
-from seqjax.layers.dense import Dense
+from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.positions import POSITIONS, alibi_slopes, rotary_frequencies, rotate
 from seqjax.mixers.base import Costs, Mixer
 from seqjax.ops.attention import attended_pairs, flash_attention
@@ -109,7 +109,8 @@ class Attention(Mixer):
             mixed = self._attend(q, k, v, segment_ids=runs)
         else:
             mixed, state = self._continue(q, k, v, found, state, after)
-        return self._dense("out", self.embed_dim, ("heads", "head_dim", "embed"), self.out_bias)(mixed), state
+        out = self._dense("out", self.embed_dim, ("heads", "head_dim", "embed"), self.out_bias, self.residual_init)
+        return out(mixed), state
 
     def _project(self, x: Array, found: Segments) -> tuple[Array, Array, Array]:
         """Queries `[B, L, H, K]`, keys and values `[B, L, G, K]`, rotated where positions are rotary."""
@@ -164,12 +165,15 @@ class Attention(Mixer):
         masks = {"segment_ids": (new[2], runs), "q_offset": index, "kv_positions": positions}
         return self._attend(q, keys, values, **masks), cache
 
-    def _dense(self, name: str, features: int | tuple[int, ...], axes: tuple[str, ...], use_bias: bool) -> Dense:
+    def _dense(
+        self, name: str, features: int | tuple[int, ...], axes: tuple[str, ...], use_bias: bool, scale: float = 1.0
+    ) -> Dense:
         return Dense(
             features,
             axes,
             in_axes=len(axes) - (1 if isinstance(features, int) else len(features)),
             use_bias=use_bias,
+            kernel_init=scaled_init(scale),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,

@@ -52,12 +52,14 @@ class Mixer(nn.Module):
     Attributes:
       embed_dim: width D of inputs and outputs.
       causal: False asks for the bidirectional form; a mixer without one refuses it when built (`bidirectional`).
+      residual_init: scale of the initial weights of the map back to the residual stream, relative to `1 / sqrt(inputs)`.
       dtype: of the computation; recurrent state is kept in at least float32.
       param_dtype: of the parameters.
     """
 
     embed_dim: int
     causal: bool = True
+    residual_init: float = 1.0
     dtype: DType = jnp.float32
     param_dtype: DType = jnp.float32
 

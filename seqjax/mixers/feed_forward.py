@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from seqjax.config import ConfigError, choose
-from seqjax.layers.dense import Dense
+from seqjax.layers.dense import Dense, scaled_init
 from seqjax.mixers.base import Costs, Mixer
 from seqjax.registry import register_mixer
 
@@ -52,9 +52,9 @@ class FeedForward(Mixer):
     def width(self) -> int:
         return self.hidden_dim or int(self.mlp_ratio * self.embed_dim)
 
-    def _dense(self, name: str, features: int, axes: tuple[str, str]) -> Dense:
+    def _dense(self, name: str, features: int, axes: tuple[str, str], scale: float = 1.0) -> Dense:
         options = {"use_bias": self.mlp_bias, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        return Dense(features, axes, name=name, **options)
+        return Dense(features, axes, kernel_init=scaled_init(scale), name=name, **options)
 
     def _hidden(self, x: Array) -> Array:
         raise NotImplementedError
@@ -62,7 +62,7 @@ class FeedForward(Mixer):
     @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
         hidden = nn.with_logical_constraint(self._hidden(x), ("batch", "length_act", "mlp_act"))
-        return self._dense("down", self.embed_dim, ("mlp", "embed"))(hidden), state
+        return self._dense("down", self.embed_dim, ("mlp", "embed"), self.residual_init)(hidden), state
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> tuple:

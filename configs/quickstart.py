@@ -17,6 +17,7 @@ def get_config():
             "position": "rope",
             "window": 256,
             "unroll": 0,
+            "embed_init": 128**-0.5,
         },
         data={"name": "python_source", "batch_size": 8, "sequence_length": 256},
         optimizer={

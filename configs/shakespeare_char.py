@@ -18,6 +18,7 @@ def get_config():
             "position": "rope",
             "window": 64,
             "unroll": 0,
+            "embed_init": 128**-0.5,
         },
         data={
             "name": "text_file",

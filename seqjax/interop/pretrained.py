@@ -32,7 +32,7 @@ CHOSEN = ("dropout", "stochastic_depth", "dtype", "param_dtype", "remat", "unrol
 DERIVED = {"head_dim": "key_dim", "num_kv_heads": "kv_heads", "hidden_dim": "width"}
 """Options that may be None, and the property that says what they then are."""
 
-UNUSED = ("pattern", "residual_init", "mlp_ratio", "pool", "horizon", "num_classes", "output_dim", *CHOSEN)
+UNUSED = ("pattern", "residual_init", "embed_init", "mlp_ratio", "pool", "horizon", "num_classes", "output_dim", *CHOSEN)
 """Options that say nothing further of a language model's function, beside `DERIVED` ones and the pattern's names."""
 
 

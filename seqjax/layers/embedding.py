@@ -14,12 +14,12 @@ class TokenEmbedding(nn.Module):
 
     vocab_size: int
     embed_dim: int
+    init_scale: float = 0.02
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     def setup(self) -> None:
-        # A tied head then starts with logits of unit size, whatever the width.
-        init = nn.with_logical_partitioning(nn.initializers.normal(self.embed_dim**-0.5), ("vocab", "embed"))
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_scale), ("vocab", "embed"))
         self.table = self.param("table", init, (self.vocab_size, self.embed_dim), self.param_dtype)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:

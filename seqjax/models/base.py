@@ -27,6 +27,7 @@ class Model(nn.Module):
         forecast `output_dim` (and `horizon` steps).
       pool: "mean" or "last", for heads that read a whole sequence.
       tie_embeddings: the language-model head reuses the embedding table.
+      embed_init: standard deviation of a token's initial vector; 0.02 is GPT-2's.
       position: "learned" and "sinusoidal" act here, "rope" and "alibi" inside attention, "none" nowhere.
       max_length: positions in the learned table, and the longest sequence it takes.
       causal: False asks for the bidirectional form.
@@ -43,6 +44,7 @@ class Model(nn.Module):
     horizon: int = 1
     pool: str = "mean"
     tie_embeddings: bool = True
+    embed_init: float = 0.02
     position: str = "rope"
     max_length: int = 1024
     causal: bool = True
@@ -88,7 +90,7 @@ class Model(nn.Module):
         """Vectors of the inputs with their positions added, and the token table where there is one."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.vocab_size is not None:
-            table = TokenEmbedding(self.vocab_size, self.embed_dim, name="embedding", **options)
+            table = TokenEmbedding(self.vocab_size, self.embed_dim, self.embed_init, name="embedding", **options)
             x = table(inputs)
         else:
             table = None

@@ -35,11 +35,12 @@ class Faces:
     Attributes:
       module: a mixer or a model: `module(x, state, segment_ids=...) -> (y, state)`.
       variables: unboxed.
+      output_width: of the outputs, `[B, L, output_width]`.
       traces: how often a chunk program was traced; decoding must not raise it.
     """
 
-    def __init__(self, module: nn.Module, variables: Any, inputs_differentiable: bool, x64: bool) -> None:
-        self.module, self.variables, self.x64 = module, variables, x64
+    def __init__(self, module: nn.Module, variables: Any, output_width: int, inputs_differentiable: bool, x64: bool) -> None:
+        self.module, self.variables, self.output_width, self.x64 = module, variables, output_width, x64
         self.inputs_differentiable = inputs_differentiable
         self.traces = 0
         self._program = jax.jit(self._forward_and_back)
@@ -79,14 +80,14 @@ class Faces:
             y, after, _ = self._call(x[:, piece], states[-1], segment_ids[:, piece], None, None)
             outputs.append(y)
             states.append(after)
-        y = np.concatenate(outputs, axis=1) if outputs[0].ndim > 2 else outputs[0]
+        y = np.concatenate(outputs, axis=1)
         if cotangent is None:
             return Run(y, states[-1], {})
         by_variables, by_inputs, by_state = None, [], state_cotangent
         for i in reversed(range(len(pieces))):
             piece = pieces[i]
-            ct = cotangent[:, piece] if cotangent.ndim > 2 else cotangent
-            _, _, gradients = self._call(x[:, piece], states[i], segment_ids[:, piece], ct, by_state)
+            inputs = (x[:, piece], states[i], segment_ids[:, piece])
+            _, _, gradients = self._call(*inputs, cotangent[:, piece], by_state)
             of_variables, of_inputs, by_state = gradients
             by_variables = of_variables if by_variables is None else jax.tree.map(jnp.add, by_variables, of_variables)
             by_inputs.insert(0, of_inputs)
@@ -99,21 +100,13 @@ class Faces:
 
     def _call(self, x, state, segment_ids, cotangent, state_cotangent):
         """One program serves forward and backward: without a cotangent, zeros stand for it."""
-        y_like, state_like = self._like(x, state, segment_ids)
+        dtype = np.float64 if self.x64 else np.float32
         if cotangent is None:
-            cotangent = np.zeros(y_like.shape, y_like.dtype)
-        if state_cotangent is None:
-            state_cotangent = [np.zeros(a.shape, a.dtype) for a in _floats(state_like)]
-        x, cotangent = jnp.asarray(x), jnp.asarray(cotangent, y_like.dtype)
+            cotangent = np.zeros((*x.shape[:2], self.output_width), dtype)
+        if state_cotangent is None:  # by contract the next state is like the one before
+            state_cotangent = [np.zeros(a.shape, a.dtype) for a in _floats(state)]
+        x, cotangent = jnp.asarray(x), jnp.asarray(cotangent, dtype)
         return self._program(self.variables, x, state, jnp.asarray(segment_ids), cotangent, state_cotangent)
-
-    def _like(self, x, state, segment_ids):
-        key = (np.shape(x), state is None)
-        if not hasattr(self, "_likes"):
-            self._likes = {}
-        if key not in self._likes:
-            self._likes[key] = jax.eval_shape(self._forward, self.variables, x, state, segment_ids)
-        return self._likes[key]
 
     def _forward(self, variables, x, state, segment_ids):
         self.traces += 1

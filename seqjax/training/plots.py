@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from seqjax.training.writers import Record
 
@@ -25,13 +27,16 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str = "loss", basel
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    losses: dict[str, list[tuple[int, float]]] = {}
     for split, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o", "markersize": 3})):
         points = [(r["step"], r["loss"]) for r in records if r["split"] == split and r.get("loss") is not None]
         if points:
             axes.plot(*zip(*points), label=split, **style)
+            losses[split] = points
     for name, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
         axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+    _skip_the_fall(axes, [*losses.get("train", ()), *losses.get("validation", ())], list((baselines or {}).values()))
     axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     if axes.lines:
@@ -40,3 +45,12 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str = "loss", basel
     figure.savefig(partial, dpi=120)
     os.replace(partial, path)
     return True
+
+
+def _skip_the_fall(axes: Any, points: list[tuple[int, float]], levels: list[float]) -> None:
+    """Leave the first twentieth of the steps out of the scale: its steep fall would flatten all that follows."""
+    last = max((step for step, _ in points), default=0)
+    shown = [loss for step, loss in points if step >= last / 20 and math.isfinite(loss)] + levels
+    if shown:
+        margin = 0.05 * (max(shown) - min(shown)) or 0.1
+        axes.set_ylim(min(shown) - margin, max(shown) + margin)

@@ -67,7 +67,7 @@ class Subject:
     def variables(self) -> Any:
         """Initial values with noise added, because a branch that starts at zero would hide a mistake in it."""
         rng = np.random.default_rng(0)
-        noisy = lambda a: np.asarray(a) + 0.02 * rng.standard_normal(a.shape).astype(a.dtype)
+        noisy = lambda a: np.asarray(a) + 0.1 * rng.standard_normal(a.shape).astype(a.dtype)
         return jax.tree.map(noisy, nn.unbox(self.boxed))
 
     @functools.cached_property

@@ -14,8 +14,8 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int3
 
 
 def build(**options):
-    model = seqjax.build({**seqjax.example_config("transformer").to_dict(), **options})
-    return model
+    # Blocks that start as the identity would hide what their sub-layers do.
+    return seqjax.build({**seqjax.example_config("transformer").to_dict(), "residual_init": 1.0, **options})
 
 
 def test_unrolled_and_scanned_layers_agree():
@@ -79,6 +79,15 @@ def test_dropout_and_stochastic_depth_act_in_training_only(options):
     np.testing.assert_array_equal(train(0), train(0))
     assert not np.allclose(train(0), train(1))
     np.testing.assert_array_equal(model.apply(variables, TOKENS)[0], build(num_layers=3).apply(variables, TOKENS)[0])
+
+
+def test_blocks_start_as_the_identity_by_default():
+    config = seqjax.example_config("transformer")
+    model = seqjax.build(config)
+    deeper = seqjax.build({**config.to_dict(), "num_layers": 4})
+    one = model.apply(model.init(jax.random.key(0), TOKENS), TOKENS)[0]
+    assert np.allclose(one, deeper.apply(deeper.init(jax.random.key(0), TOKENS), TOKENS)[0])
+    assert not np.allclose(one, build().apply(build().init(jax.random.key(0), TOKENS), TOKENS)[0])
 
 
 def test_stochastic_depth_keeps_the_mean():

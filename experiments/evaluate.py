@@ -1,7 +1,7 @@
 """Score a trained model on a whole split of its task.
 
 For example:
-    python experiments/evaluate.py --workdir=runs/transformer --split=validation
+    python experiments/evaluate.py --workdir=runs/quickstart --split=validation
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Train an experiment, or continue it: the same command does both.
 
 For example:
-    python experiments/train.py --config=configs/transformer.py --workdir=runs/transformer
-    python experiments/train.py --config=configs/transformer.py --workdir=runs/wide --config.model.embed_dim=512
+    python experiments/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+    python experiments/train.py --config=configs/quickstart.py --workdir=runs/wide --config.model.embed_dim=512
 """
 
 from __future__ import annotations

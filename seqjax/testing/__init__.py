@@ -6,7 +6,6 @@ check_mixer(MyMixer(embed_dim=16))      # raises AssertionError, and says which 
 """
 
 from seqjax.testing.conformance import (
-    CHECKS,
     Subject,
     check_mixer,
     check_model,
@@ -15,4 +14,4 @@ from seqjax.testing.conformance import (
     model_subject,
 )
 
-__all__ = ["CHECKS", "Subject", "check_mixer", "check_model", "checks_for", "mixer_subject", "model_subject"]
+__all__ = ["Subject", "check_mixer", "check_model", "checks_for", "mixer_subject", "model_subject"]

@@ -1,6 +1,6 @@
 """What every mixer and model promises, as checks: the chunk law, causality, packing, decoding, precision, accounts.
 
-Each check is a function of a `Subject`; `CHECKS` lists them. `check_mixer` and `check_model` run them all.
+Each check is a function of a `Subject`; `checks_for` lists those that apply. `check_mixer` and `check_model` run them all.
 """
 
 from __future__ import annotations
@@ -296,14 +296,6 @@ CARRIED = (
     chunks_equal_one_call_midway,
     decoding_keeps_one_program,
     state_bytes_are_declared,
-)
-CHECKS = (
-    *ALWAYS,
-    *CARRIED,
-    never_looks_ahead,
-    segments_are_independent,
-    sees_both_sides,
-    bidirectional_refuses_state,
 )
 
 

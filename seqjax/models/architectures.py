@@ -7,3 +7,7 @@ from seqjax.models.sequence_model import register_stack
 TINY = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "max_length": 64}
 
 register_stack("transformer", pattern=("attention", "mlp"), example=TINY | {"num_heads": 4}, causal=(True, False))
+
+SEQUENCE = {"position": "none"}  # recurrent mixers know where they are
+
+register_stack("s4d", pattern=("s4d",), defaults=SEQUENCE, example=TINY | {"state_dim": 8}, causal=(True, False))

@@ -74,9 +74,17 @@ def test_every_config_is_in_the_readme_and_builds():
         scope: dict = {}
         exec(path.read_text(), scope)
         config = scope["get_config"]().copy_and_resolve_references()
+        task = registry.task(config.data.name)
+        length = config.data.get("lookback", 16)
+        if task.head == "language_model":
+            decided = {"vocab_size": config.model.vocab_size or 257}
+            inputs, wanted = jax.ShapeDtypeStruct((2, length), np.int32), (2, length, decided["vocab_size"])
+        else:
+            decided = {"input_dim": 3, "output_dim": 3, "head": task.head, "horizon": config.data.get("horizon", 1)}
+            inputs = jax.ShapeDtypeStruct((2, length, 3), np.float32)
+            wanted = (2, decided["horizon"] if task.head == "forecast" else length, 3)
         with config.model.ignore_type():
-            config.model.vocab_size = config.model.vocab_size or 257
+            config.model.update({key: value for key, value in decided.items() if key in config.model})
         model = seqjax.build(config)
-        tokens = jax.ShapeDtypeStruct((2, 16), np.int32)
-        outputs = jax.eval_shape(lambda key, x, model=model: model.init_with_output(key, x)[0][0], jax.random.key(0), tokens)
-        assert outputs.shape == (2, 16, 257)
+        outputs = jax.eval_shape(lambda key, x, model=model: model.init_with_output(key, x)[0][0], jax.random.key(0), inputs)
+        assert outputs.shape == wanted

@@ -35,19 +35,20 @@ class Task(abc.ABC):
     `content`, and says in the attributes below what a model must take. An example is a batch without its first axis:
 
     - `inputs`: `[L]` int32 tokens or `[L, C]` float32 channels;
-    - `targets`: `[L]` int32 tokens, `[]` int32 label, or floats;
+    - `targets`: `[L]` int32 tokens, `[]` int32 label, or float32: `[L, O]` a value per token, `[T, O]` a forecast;
     - `weights`: float32 in the shape of `targets`; 0 = not counted;
     - `segment_ids`, where documents are packed: `[L]` int32; 0 = padding, documents count from 1 within a row.
 
     Attributes:
-      head: the model head it needs, "language_model" or "classifier".
+      head: the model head it needs, "language_model", "classifier", "regression" or "forecast".
       splits: what `examples` and `eval_batches` accept.
       locations: options that say where data lies, not what it is; they stay out of `digest`.
       vocab_size: number of token ids in `inputs` and, for a language model, of output classes; None for continuous inputs.
       input_dim: channels C of continuous inputs; None for tokens.
       num_classes: number of labels of a classification task.
+      output_dim: channels O of targets that are values; horizon: steps T of a forecast.
       tokenizer: what turns text into `inputs` and back; None where there is no text.
-      loss_unit, loss_scale: a mean loss in nats, times `loss_scale`, is in `loss_unit`.
+      loss_unit, loss_scale: a mean loss (in nats, or squared error), times `loss_scale`, is in `loss_unit`.
     """
 
     head: ClassVar[str] = "language_model"
@@ -56,6 +57,8 @@ class Task(abc.ABC):
     vocab_size: ClassVar[int | None] = None
     input_dim: ClassVar[int | None] = None
     num_classes: ClassVar[int | None] = None
+    output_dim: ClassVar[int | None] = None
+    horizon: ClassVar[int | None] = None
     tokenizer: ClassVar[Tokenizer | None] = None
     loss_unit: ClassVar[str] = "nats"
     loss_scale: ClassVar[float] = 1.0

@@ -77,12 +77,11 @@ class Model(nn.Module):
         return self.tie_embeddings and self.head == "language_model" and self.vocab_size is not None
 
     @nn.nowrap
-    def make_head(self, **where: Any) -> Head:
-        """The head module; `where` may name it and its parent."""
+    def make_head(self, **options: Any) -> Head:
+        """The head module; `options` may name it and its parent, or set a width other than the model's."""
         kind = HEADS[self.head]
-        size = getattr(self, kind.size_option)
-        options = {"horizon": self.horizon, "pool": self.pool, "dtype": self.dtype, "param_dtype": self.param_dtype}
-        return kind(size, **options, **where)
+        own = {"horizon": self.horizon, "pool": self.pool, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        return kind(**{"output_dim": getattr(self, kind.size_option), **own, **options})
 
     def embed(
         self, inputs: Array, positions: Int[Array, "#B L"], train: bool

@@ -33,6 +33,8 @@ class Head(nn.Module):
     """Whether there is an output for every token, so that the model can carry a state."""
     size_option: ClassVar[str] = "output_dim"
     """The model option that gives `output_dim`."""
+    serves: ClassVar[str | None] = None
+    """What a task may ask for, beside the head's own name, that this head answers."""
 
     @nn.nowrap
     def parameters(self, embed_dim: int, tied: bool) -> int:
@@ -115,6 +117,7 @@ class ForecastHead(Head):
     """The next `horizon` values of `output_dim` channels, from the last valid token's features."""
 
     per_token = False
+    serves = "forecast"
 
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B T O"]:
@@ -138,6 +141,11 @@ HEADS: dict[str, type[Head]] = {
     "regression": RegressionHead,
     "forecast": ForecastHead,
 }
+
+
+def fits(head: str, wanted: str) -> bool:
+    """Whether a model with head `head` can learn a task that needs head `wanted`."""
+    return head == wanted or (head in HEADS and HEADS[head].serves == wanted)
 
 
 def pool(x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None, how: str) -> Float[Array, "B D"]:

@@ -18,6 +18,8 @@ from seqjax.config import ConfigError, Option, check_options, choose, options_of
 from seqjax.layers.norms import NORMS, make_norm, norm_parameters
 from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.base import Model
+from seqjax.models.heads import Head
+from seqjax.models.series import check_series, series_rows
 from seqjax.ops.segments import SegmentState, segments
 
 REMAT_POLICIES = {
@@ -118,6 +120,8 @@ class SequenceModel(Model):
       stochastic_depth: drop rate of the last block; earlier blocks' rates grow linearly up to it.
       remat: what the backward pass keeps, a key of `REMAT_POLICIES`.
       unroll: repeats unrolled per scan iteration; 0 unrolls all: slower to compile, up to a fifth faster on CPU.
+      series_norm: what forecasts leave out of a window and add again, "none", "mean", "last" or "standard", and
+        channel_independent: whether its channels are rows of their own; see `seqjax.models.series`.
     """
 
     pattern: tuple[Block, ...] = ()
@@ -129,9 +133,12 @@ class SequenceModel(Model):
     stochastic_depth: float = 0.0
     remat: str = "none"
     unroll: int = 1
+    series_norm: str = "none"
+    channel_independent: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_series(self.series_norm, self.channel_independent, self.head, self.input_dim, self.output_dim)
         choose(NORMS, self.norm, "model.norm")
         choose({"pre": 0, "post": 0}, self.norm_position, "model.norm_position")
         choose(REMAT_POLICIES, self.remat, "model.remat")
@@ -180,6 +187,7 @@ class SequenceModel(Model):
         if self.head == "matching":
             inputs = inputs.reshape(-1, *inputs.shape[2:])
             segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids, restore = series_rows(inputs, segment_ids, self.series_norm, self.channel_independent)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, found.positions, train)
@@ -191,7 +199,7 @@ class SequenceModel(Model):
         outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
         if state is not None:
             state = SequenceModelState(repeats=states[0], remainder=states[1], segment=segment)
-        return outputs, state
+        return restore(outputs), state
 
     def _stack(
         self, x: Float[Array, "B L D"], states: tuple, segment_ids: Array | None, train: bool
@@ -250,8 +258,16 @@ class SequenceModel(Model):
         )
 
     @nn.nowrap
+    def make_head(self, **options: Any) -> Head:
+        """The head module, of one channel where channels are rows of their own; `options` as in `Model`."""
+        return super().make_head(**({"output_dim": 1} if self.channel_independent else {}), **options)
+
+    @nn.nowrap
     def costs(self, length: int) -> Costs:
         """Parameters, FLOPs and state of one sequence of `length` tokens, from the parts' own accounts."""
+        if self.channel_independent:  # as many sequences as channels, one set of parameters
+            channel = self.clone(parent=None, channel_independent=False, input_dim=1, output_dim=1).costs(length)
+            return dataclasses.replace(channel, flops=self.input_dim * channel.flops)
 
         def of(sublayers: Block) -> Costs:
             norms = Costs(parameters=len(sublayers) * norm_parameters(self.norm, self.embed_dim))

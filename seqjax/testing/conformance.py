@@ -273,7 +273,8 @@ def parameters_are_declared(subject: Subject) -> None:
 
 def flops_are_declared(subject: Subject) -> None:
     """`costs(length).flops` is what the traced program computes, up to norms and activations."""
-    wide = subject.module.clone(embed_dim=WIDE)  # where matrix products outweigh what is left out
+    # Where the width can be set, matrix products are made to outweigh what is left out.
+    wide = subject.module.clone(embed_dim=WIDE) if hasattr(subject.module, "embed_dim") else subject.module
     width = (WIDE,) if isinstance(wide, Mixer) else subject.inputs.shape[2:]
     row = jax.ShapeDtypeStruct((1, LENGTH, *width), subject.inputs.dtype)
     variables = jax.eval_shape(wide.init, jax.random.key(0), row)

@@ -24,7 +24,8 @@ def evaluate(
     Args:
       mesh: where to compute; default a mesh of all devices.
     Returns:
-      `loss` in the task's `loss_unit`, `accuracy` for integer targets, and whatever else the task's loss reports.
+      `loss` in the task's `loss_unit`, `accuracy` for integer targets, `mae` for floats, and whatever else the task's loss
+      reports.
     Raises:
       ConfigError: a split that the task does not have, or one in which nothing counts.
     """

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_dict
 
 from seqjax import registry
 from seqjax.config import ConfigError, Option, allowed_values, check_options, options_of, plain
+from seqjax.models.heads import fits
 from seqjax.parallel.mesh import MeshConfig
 from seqjax.training.optimizer import OptimizerConfig
 
@@ -129,7 +130,7 @@ def resolve(config: ConfigDict, task: Any) -> ConfigDict:
     """The config with what the task decides filled into its model: the keys `DECIDED_BY_TASK`.
 
     Only keys that the architecture has and that stand at the architecture's default are filled. A vocabulary may be
-    larger than the task's (padded to a multiple of 128, say).
+    larger than the task's (padded to a multiple of 128, say), and a head may be any that serves the task's.
 
     Raises:
       ConfigError: the config says otherwise than the task.
@@ -142,6 +143,8 @@ def resolve(config: ConfigDict, task: Any) -> ConfigDict:
             continue
         value = model[key]
         if key == "vocab_size" and value is not None and value > wanted:
+            continue
+        if key == "head" and fits(value, wanted):
             continue
         if value is not None and value != defaults[key].default:
             raise ConfigError(f"model.{key}={value!r} contradicts data.name={config.data.name!r}, which has {wanted!r}.")

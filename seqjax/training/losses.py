@@ -44,7 +44,7 @@ def softmax_cross_entropy(
 def squared_error(
     predictions: Float[Array, "..."], targets: Float[Array, "..."], weights: Num[Array, "..."] | None = None
 ) -> Sums:
-    """Squared error of every predicted value, under `loss`.
+    """Squared error of every predicted value, under `loss`, and absolute error, under `mae`.
 
     Args:
       predictions: same shape as `targets`, `[B, L, C]` or `[B, T, C]`; a last dimension of 1 may be missing in either.
@@ -57,9 +57,10 @@ def squared_error(
     if predictions.shape != targets.shape:
         raise ConfigError(f"the model predicts values of shape {predictions.shape}; the task's are {targets.shape}.")
     wide = jnp.promote_types(predictions.dtype, jnp.float32)
-    error = jnp.square(predictions.astype(wide) - targets.astype(wide))
+    error = predictions.astype(wide) - targets.astype(wide)
     weights = _weights_like(error, weights)
-    return {"loss": (_weighted_sum(error, weights), jnp.sum(weights))}
+    count = jnp.sum(weights)
+    return {"loss": (_weighted_sum(jnp.square(error), weights), count), "mae": (_weighted_sum(jnp.abs(error), weights), count)}
 
 
 def loss_of(task: Any) -> Loss:

@@ -18,6 +18,23 @@ def tiny_library(tmp_path):
     return folder
 
 
+@pytest.fixture(scope="session")
+def ett_table():
+    """`[14410, 3]`: twenty months of hours and a bit, of three series with days in them."""
+    hours = np.arange(14410)[:, None]
+    noise = np.random.default_rng(0).standard_normal((14410, 3))
+    return (np.sin(hours * 2 * np.pi / np.array([24, 24, 168])) + 0.2 * noise + [0, 5, -3]).round(4)
+
+
+@pytest.fixture(scope="session")
+def ett_dir(ett_table, tmp_path_factory):
+    """`ETTh1.csv` of that table, laid out as the public file is."""
+    folder = tmp_path_factory.mktemp("manual_ett")
+    rows = "".join(f"2016-07-01 00:00:00,{a},{b},{c}\n" for a, b, c in ett_table.tolist())
+    (folder / "ETTh1.csv").write_text("date,HUFL,HULL,OT\n" + rows)
+    return folder
+
+
 @pytest.fixture
 def mnist_dir(tmp_path):
     """`mnist.npz` with 30 training and 5 test images, sorted by label."""

@@ -7,7 +7,7 @@ PROGRAM = """
 import sys
 from seqjax.registry import TASKS, load_all
 load_all("seqjax.data")
-assert {"python_source", "text_file", "sequential_images"} <= set(TASKS), TASKS
+assert {"python_source", "text_file", "sequential_images", "forecasting", "autoregressive"} <= set(TASKS), TASKS
 heavy = {"tensorflow_datasets", "grain", "tensorflow", "array_record", "PIL", "jax"}
 print(*sorted(heavy & set(sys.modules)))
 """

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from seqjax.config import ConfigError, Option, options_of
+from seqjax.data.autoregressive import Autoregressive
+from seqjax.data.forecasting import Forecasting
 from seqjax.data.python_source import PythonSource
 from seqjax.data.sequential_images import SequentialImages
 from seqjax.data.task import Task
@@ -25,21 +27,23 @@ class Numbers(Task):
         return [{"inputs": np.array([i]), "targets": np.array([i]), "weights": np.ones(1)} for i in range(self.count)]
 
 
-@pytest.fixture(params=["python_split", "python_best_fit", "bytes", "chars", "classify", "density"])
-def make_task(request, tmp_path, tiny_library, mnist_dir):
+@pytest.fixture(params=["python_split", "python_best_fit", "bytes", "chars", "classify", "density", "forecast", "regress"])
+def make_task(request, tmp_path, tiny_library, mnist_dir, ett_dir):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question. " * 20)
     tiny = type("Tiny", (PythonSource,), {"source_dir": tiny_library})
-    common = {"batch_size": 4, "data_dir": str(tmp_path / "data")}
+    prepared = {"data_dir": str(tmp_path / "data")}
     cls, options = {
-        "python_split": (tiny, {"sequence_length": 24}),
-        "python_best_fit": (tiny, {"sequence_length": 24, "packing": "best_fit"}),
-        "bytes": (TextFile, {"path": str(text), "sequence_length": 16}),
-        "chars": (TextFile, {"path": str(text), "sequence_length": 16, "tokens": "char"}),
-        "classify": (SequentialImages, {"manual_dir": str(mnist_dir)}),
-        "density": (SequentialImages, {"manual_dir": str(mnist_dir), "objective": "density"}),
+        "python_split": (tiny, {"sequence_length": 24, **prepared}),
+        "python_best_fit": (tiny, {"sequence_length": 24, "packing": "best_fit", **prepared}),
+        "bytes": (TextFile, {"path": str(text), "sequence_length": 16, **prepared}),
+        "chars": (TextFile, {"path": str(text), "sequence_length": 16, "tokens": "char", **prepared}),
+        "classify": (SequentialImages, {"manual_dir": str(mnist_dir), **prepared}),
+        "density": (SequentialImages, {"manual_dir": str(mnist_dir), "objective": "density", **prepared}),
+        "forecast": (Forecasting, {"manual_dir": str(ett_dir), "lookback": 12, "horizon": 2700}),
+        "regress": (Autoregressive, {"sequence_length": 6, "num_sequences": 90}),
     }[request.param]
-    return lambda **changes: cls(**{**common, **options, **changes})
+    return lambda **changes: cls(**{"batch_size": 4, **options, **changes})
 
 
 def equal(a, b):
@@ -73,9 +77,16 @@ def test_batches_are_what_the_attributes_say(make_task):
         tokens = task.vocab_size is not None
         assert batch["inputs"].shape == ((4, task.length) if tokens else (4, task.length, task.input_dim))
         assert batch["inputs"].dtype == (np.int32 if tokens else np.float32)
-        assert batch["targets"].shape == ((4,) if task.head == "classifier" else (4, task.length))
-        assert batch["targets"].dtype == np.int32
-        assert batch["targets"].min() >= 0 and batch["targets"].max() < (task.num_classes or task.vocab_size)
+        shapes = {
+            "classifier": (4,),
+            "language_model": (4, task.length),
+            "regression": (4, task.length, task.output_dim),
+            "forecast": (4, task.horizon, task.output_dim),
+        }
+        assert batch["targets"].shape == shapes[task.head]
+        labels = task.num_classes or task.vocab_size
+        assert batch["targets"].dtype == (np.int32 if labels else np.float32)
+        assert not labels or (batch["targets"].min() >= 0 and batch["targets"].max() < labels)
         assert not tokens or (batch["inputs"].min() >= 0 and batch["inputs"].max() < task.vocab_size)
         assert batch["weights"].shape == batch["targets"].shape
         assert batch["weights"].dtype == np.float32
@@ -85,13 +96,14 @@ def test_batches_are_what_the_attributes_say(make_task):
 def test_options_are_readable_and_plain(make_task):
     options = options_of(type(make_task()))
     assert options["batch_size"] == Option(int, 32)
-    assert {"seed", "data_dir"} <= options.keys()
+    assert {"seed", *make_task().locations} <= options.keys()
 
 
 def test_digest_follows_options_and_not_locations(make_task, tmp_path):
     digest = make_task().digest
     assert make_task().digest == digest
-    assert make_task(data_dir=str(tmp_path / "elsewhere")).digest == digest
+    if "data_dir" in make_task().locations:
+        assert make_task(data_dir=str(tmp_path / "elsewhere")).digest == digest
     assert len({digest, make_task(seed=1).digest, make_task(batch_size=5).digest}) == 3
 
 

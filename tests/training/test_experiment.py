@@ -5,6 +5,7 @@ import tiny
 
 import seqjax
 from seqjax.config import ConfigError, differing_keys, flatten, plain
+from seqjax.models.heads import HEADS
 from seqjax.training.experiment import REPORTING, complete, resolve, section_of
 from seqjax.training.optimizer import OptimizerConfig
 
@@ -86,6 +87,19 @@ def test_the_task_decides_the_head_unless_the_config_names_another():
     given.model.head = "forecast"
     with pytest.raises(ConfigError, match=r"model.head='forecast' contradicts"):
         resolve(given, Classify())
+
+
+def test_a_head_that_serves_the_tasks_head_is_kept(monkeypatch):
+    class Forecast(tiny.TinyTask):
+        head = "forecast"
+
+    given = config()
+    monkeypatch.setitem(HEADS, "other_forecast", type("Other", (HEADS["forecast"],), {}))
+    given.model.head = "other_forecast"
+    assert resolve(given, Forecast()).model.head == "other_forecast"
+    given.model.head = "regression"
+    with pytest.raises(ConfigError, match=r"model.head='regression' contradicts data.name='tiny', which has 'forecast'"):
+        resolve(given, Forecast())
 
 
 def test_sections_are_their_dataclasses():

@@ -42,6 +42,7 @@ def test_squared_error_counts_values():
     predictions, targets = jnp.array([[[1.0, 2.0]], [[0.0, 4.0]]]), jnp.zeros((2, 1, 2))
     sums = squared_error(predictions, targets, jnp.array([[1.0], [0.0]]))
     assert (float(sums["loss"][0]), float(sums["loss"][1])) == (5.0, 2.0)
+    assert (float(sums["mae"][0]), float(sums["mae"][1])) == (3.0, 2.0)
     sums = squared_error(jnp.ones((2, 3, 1)), jnp.zeros((2, 3)), jnp.array([1.0, 0.5]))
     assert (float(sums["loss"][0]), float(sums["loss"][1])) == (4.5, 4.5)
 

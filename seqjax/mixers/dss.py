@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
@@ -40,6 +41,7 @@ class DSS(StateSpaceMixer):
                 "kernel='softmax', which sums over so many lags, and None with 'exp'."
             )
 
+    @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
         self._check_length(x.shape[1])
         return super().__call__(x, state, segment_ids=segment_ids, train=train)
@@ -72,16 +74,13 @@ class DSS(StateSpaceMixer):
         total = Pair((sizes * jnp.cos(angles)).sum(0), (sizes * jnp.sin(angles)).sum(0))
         return scale(_guarded_reciprocal(product(a, total)), jnp.exp(-growth))
 
-    @staticmethod
-    def _check(length: int, allowed: int | None) -> None:
-        if allowed is not None and length > allowed:
+    @nn.nowrap
+    def _check_length(self, length: int) -> None:
+        if self.kernel_length is not None and length > self.kernel_length:
             raise ConfigError(
-                f"a sequence of {length} tokens is longer than model.kernel_length={allowed}, over which "
+                f"a sequence of {length} tokens is longer than model.kernel_length={self.kernel_length}, over which "
                 "model.kernel='softmax' normalises; raise it, or use kernel='exp'."
             )
-
-    def _check_length(self, length: int) -> None:
-        self._check(length, self.kernel_length)
 
     def system_parameters(self) -> int:
         return 2 * self.state_dim + (2 * self.state_dim * self.outputs_per_feature + 1) * self.embed_dim

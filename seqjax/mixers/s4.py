@@ -39,7 +39,9 @@ class S4(StateSpaceMixer):
         choose(RANKS, self.measure, "model.measure")
         check_num_systems(self.num_systems, self.embed_dim)
         if self.measure == "fout" and self.state_dim < 4:
-            raise ConfigError(f"model.state_dim={self.state_dim} leaves model.measure='fout' no frequency; allowed: 4 and above.")
+            raise ConfigError(
+                f"model.state_dim={self.state_dim} leaves model.measure='fout' no frequency; allowed: 4 and above."
+            )
 
     @property
     def systems(self) -> int:

@@ -13,3 +13,5 @@ SEQUENCE = {"position": "none"}  # recurrent mixers know where they are
 register_stack("s4d", pattern=("s4d",), defaults=SEQUENCE, example=TINY | {"state_dim": 8}, causal=(True, False))
 register_stack("s4", pattern=("s4",), defaults=SEQUENCE, example=TINY | {"state_dim": 8}, causal=(True, False))
 register_stack("dss", pattern=("dss",), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False))
+register_stack("lssl", pattern=("lssl",), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False))
+register_stack("s5", pattern=("s5",), defaults=SEQUENCE, example=TINY | {"state_dim": 8}, causal=(True, False))

@@ -71,10 +71,8 @@ def long_convolution(
         u, runs, tail = tail.extended(u, jnp.zeros((1, length), jnp.int32) if runs is None else runs)
     if kernel.shape[-1] < u.shape[1]:
         raise ValueError(f"a kernel of {kernel.shape[-1]} lags is too short for {u.shape[1]} inputs; make it as long.")
-    if runs is None:
-        y = _convolve(u, kernel[..., : u.shape[1]], reverse_kernel)
-    else:
-        y = _convolve_segments(u, kernel, runs)
+    lags = kernel[..., : u.shape[1]]
+    y = _convolve(u, lags, reverse_kernel) if runs is None else _convolve_segments(u, lags, runs)
     y = y[:, before:]
     return (y if gate is None else y * gate), tail
 

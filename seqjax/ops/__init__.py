@@ -1,6 +1,36 @@
 """Pure functions on arrays: no parameters, no Flax. Needs jax and jaxtyping alone."""
 
 from seqjax.ops.attention import attended_pairs, flash_attention
+from seqjax.ops.complex_pairs import Pair
+from seqjax.ops.convolution import Tail, long_convolution, short_convolution
+from seqjax.ops.discretization import discretize_dense, discretize_diagonal
+from seqjax.ops.hippo import hippo
+from seqjax.ops.recurrence import recurrence
+from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
 from seqjax.ops.segments import Segments, SegmentState, segments
+from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLowRankSystem, DiagonalSystem
 
-__all__ = ["SegmentState", "Segments", "attended_pairs", "flash_attention", "segments"]
+__all__ = [
+    "AFFINE",
+    "COMPLEX_AFFINE",
+    "CompanionSystem",
+    "DenseSystem",
+    "DiagonalPlusLowRankSystem",
+    "DiagonalSystem",
+    "Monoid",
+    "Pair",
+    "SegmentState",
+    "Segments",
+    "Tail",
+    "attended_pairs",
+    "discretize_dense",
+    "discretize_diagonal",
+    "flash_attention",
+    "hippo",
+    "linear_scan",
+    "long_convolution",
+    "prefix_scan",
+    "recurrence",
+    "segments",
+    "short_convolution",
+]

@@ -1,11 +1,14 @@
-"""One record and one picture from finished runs of the same experiment: their scores, mean and standard error.
+"""One record and one picture from finished runs: their scores, and over seeds of one experiment mean and standard error.
 
 python experiments/report.py runs/seed0 runs/seed1 runs/seed2 --out=docs/results/shakespeare_char.json
+
+Scores of `experiments/evaluate.py --split=test` are taken in where a run has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import pathlib
 import sys
@@ -45,17 +48,24 @@ def report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
         {**{key: flatten(config)[key] for key in varied}, **_final(run, workdir)}
         for config, run, workdir in zip(configs, runs, workdirs)
     ]
-    losses = np.array([row["validation_loss"] for row in rows])
-    summary = {"unit": task.loss_unit, "mean": losses.mean(), "runs": len(losses), "baselines": task.baselines()}
-    if len(losses) > 1:
-        summary["standard_error"] = losses.std(ddof=1) / math.sqrt(len(losses))
-    summary = {key: float(value) if isinstance(value, np.floating) else value for key, value in summary.items()}
+    summary = {"unit": task.loss_unit, "runs": len(rows), "baselines": task.baselines()}
+    if set(varied) <= {"training.seed", "data.seed"}:
+        scores = [key for key in rows[0] if key.endswith(("_loss", "_accuracy", "_mae"))]
+        summary |= {key: _mean_and_error([row[key] for row in rows]) for key in scores}
     where = {key: configs[0]["data"].get(key) for key in getattr(task, "locations", ())}
     config = {name: {k: v for k, v in section.items() if k not in where} for name, section in configs[0].items()}
     write_record(out, provenance(), rows, summary=summary, config=config, data_digest=task.digest)
     plot_losses(runs[0], out.with_suffix(".png"), task.loss_unit, task.baselines())
     print(table(rows))
     print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
+
+
+def _mean_and_error(values: list[float]) -> dict[str, float]:
+    """Mean, and with several values its standard error."""
+    found = {"mean": float(np.mean(values))}
+    if len(values) > 1:
+        found["standard_error"] = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return found
 
 
 def _config(workdir: pathlib.Path) -> dict[str, Any]:
@@ -66,12 +76,18 @@ def _config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _final(run: list[dict[str, Any]], workdir: pathlib.Path) -> dict[str, Any]:
-    """The last validation scores of a run, and its median speed."""
+    """The last validation scores of a run, those of its test split where they were taken, and its median speed."""
     scores = [record for record in run if record["split"] == "validation"]
     if not scores:
         raise ConfigError(f"{workdir} holds no validation scores; let the run finish.")
     speed = float(np.median([record["tokens_per_second"] for record in run if "tokens_per_second" in record]))
-    return {"step": scores[-1]["step"], "validation_loss": scores[-1]["loss"], "tokens_per_second": speed}
+    splits = {"validation": scores[-1]}
+    tested = workdir / "evaluation_test.json"
+    if tested.is_file():
+        splits["test"] = json.loads(tested.read_text())
+    kinds = ("loss", "accuracy", "mae")
+    found = {f"{split}_{kind}": record[kind] for split, record in splits.items() for kind in kinds if kind in record}
+    return {"step": scores[-1]["step"], **found, "tokens_per_second": speed}
 
 
 if __name__ == "__main__":

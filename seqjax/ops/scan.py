@@ -163,7 +163,11 @@ def linear_scan(
     Returns:
       All states, and the last; at least float32. The backward pass is the same recurrence in reverse and keeps only the
       states themselves.
+    Raises:
+      ValueError: the implementation is unknown.
     """
+    dtype = jnp.result_type(jnp.float32, *jax.tree.leaves((decay, inputs, initial)))
+    decay, inputs, initial = jax.tree.map(lambda a: a.astype(dtype), (decay, inputs, initial))
     if initial is None:
         initial = jax.tree.map(lambda a: jnp.zeros_like(a[:, 0]), inputs)
     if reverse:

@@ -2,14 +2,18 @@
 
 import pathlib
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
 
+import seqjax
 from seqjax import registry
 from seqjax.config import ConfigError
+from seqjax.training.groups import settings_by_leaf
+from seqjax.training.optimizer import OptimizerConfig
 
 registry.load_all()
 GOLDEN = np.load(pathlib.Path(__file__).parent / "data/state_space.npz")
@@ -348,3 +352,33 @@ def test_a_two_sided_convolution_takes_no_segments():
     mixer = registry.mixer("s4d")(embed_dim=4, state_dim=8, causal=False, implementation="convolution")
     with pytest.raises(ConfigError, match="segment_ids with model"):
         mixer.init(jax.random.key(0), jnp.zeros((1, 4, 4)), segment_ids=jnp.zeros((1, 4), jnp.int32))
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+@pytest.mark.parametrize("name", ["s4d", "s4", "s5", "lssl", "dss"])
+def test_lowers_for_accelerators(name, platform):
+    """One program lowers everywhere, forward and backward, also with packed documents."""
+    mixer = registry.mixer(name)(embed_dim=4, state_dim=8)
+    x, ids = jnp.zeros((1, 64, 4)), jnp.zeros((1, 64), jnp.int32)
+    variables = jax.eval_shape(lambda key, x: nn.unbox(mixer.init(key, x)), jax.random.key(0), x)
+
+    def loss(variables, x):
+        return mixer.apply(variables, x)[0].sum() + mixer.apply(variables, x, segment_ids=ids)[0].sum()
+
+    lowered = jax.jit(jax.grad(loss)).trace(variables, x).lower(lowering_platforms=(platform,))
+    assert "stablehlo" in lowered.as_text()
+
+
+@pytest.mark.parametrize("name", ["s4d", "s4", "s5", "lssl", "dss"])
+def test_time_scales_train_apart(name):
+    """A, B and the time steps have the state-space group's rate and no decay; C decays as matrices do."""
+    model = seqjax.build(seqjax.example_config(name))
+    parameters = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.2, groups={"state_space": {"learning_rate": 0.01}})
+    found = settings_by_leaf(config, parameters, model.optimizer_groups())["repeats"][f"{name}_0"]
+    for key, settings in found.items():
+        if key in ("gate", "out", "skip"):
+            continue
+        apart = key not in ("c", "c_real", "c_imag", "w_real", "w_imag")
+        assert settings.learning_rate == (0.01 if apart else 0.1), key
+        assert settings.weight_decay == (0.0 if apart else 0.2), key

@@ -1,6 +1,7 @@
 """Prefix scans and linear scans against loops in NumPy."""
 
 import functools
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,16 +40,16 @@ def complex_normal(rng, *shape):
 CASES = {
     "affine": Case(AFFINE, affine, lambda rng, *s: (rng.uniform(-1, 1, (*s, 3)), rng.standard_normal((*s, 3)))),
     "complex": Case(COMPLEX_AFFINE, affine, lambda rng, *s: (0.7 * complex_normal(rng, *s, 3), complex_normal(rng, *s, 3))),
-    "matrices": Case(MATRICES, np.matmul, lambda rng, *s: 0.8 * rng.standard_normal((*s, 2, 2))),
+    "matrices": Case(MATRICES, operator.matmul, lambda rng, *s: 0.8 * rng.standard_normal((*s, 2, 2))),
 }
 
 
 def to_jax(tree):
-    return jax.tree.map(lambda a: Pair(a.real, a.imag) if np.iscomplexobj(a) else a, tree)
+    return jax.tree.map(lambda a: Pair(a.real, a.imag) if jnp.iscomplexobj(a) else a, tree)
 
 
-def to_numpy(tree):
-    whole = lambda a: np.asarray(a.real) + 1j * np.asarray(a.imag) if isinstance(a, Pair) else np.asarray(a)
+def to_complex(tree):
+    whole = lambda a: a.real + 1j * a.imag if isinstance(a, Pair) else a
     return jax.tree.map(whole, tree, is_leaf=lambda a: isinstance(a, Pair))
 
 
@@ -73,7 +74,7 @@ def by_hand(combine, elements, initial, starts, reverse):
 
 
 def assert_close(got, wanted, tolerance=1e-12):
-    got, wanted = jax.tree.leaves(to_numpy(got)), jax.tree.leaves(wanted)
+    got, wanted = jax.tree.leaves(to_complex(got)), jax.tree.leaves(to_complex(wanted))
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance * max(1, np.abs(b).max()))
 
@@ -127,22 +128,23 @@ def test_gradients_of_prefixes_equal_those_of_a_plain_loop(name, implementation)
     starts = np.array([[False, False, True, False, False, False, True], [True] + [False] * 6])
 
     def plain(elements, initial):
-        total, prefixes = initial, []
+        elements, total = to_complex((elements, initial))
+        prefixes = []
         for t in range(7):
             element = jax.tree.map(lambda a: a[:, t], elements)  # noqa: B023
             fresh = lambda new, e: jnp.where(starts[:, t].reshape(-1, *(1,) * (e.ndim - 1)), e, new)  # noqa: B023
-            total = jax.tree.map(fresh, case.monoid.combine(total, element), element)
+            total = jax.tree.map(fresh, case.combine(total, element), element)
             prefixes.append(total)
-        return jax.tree.map(lambda *a: jnp.stack(a, 1), *prefixes)
+        return to_jax(jax.tree.map(lambda *a: jnp.stack(a, 1), *prefixes))
 
     def scanned(elements, initial):
-        options = {"starts": starts, "implementation": implementation, "chunk_size": 3}
+        options = {"starts": jnp.asarray(starts), "implementation": implementation, "chunk_size": 3}
         return prefix_scan(case.monoid, elements, initial=initial, **options)[0]
 
     with jax.enable_x64(True):
         loss = lambda run: lambda *args: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, to_jax(weights), run(*args))))
         got, wanted = (jax.jit(jax.grad(loss(run), (0, 1)))(to_jax(elements), to_jax(initial)) for run in (scanned, plain))
-        assert_close(got, to_numpy(wanted))
+        assert_close(got, wanted)
 
 
 @functools.cache
@@ -208,7 +210,7 @@ def test_a_linear_scan_starts_from_zero_and_takes_any_length(implementation):
     for length in (1, 65):
         decay, inputs = rng.uniform(-1, 1, 3), rng.standard_normal((2, length, 3))
         with jax.enable_x64(True):
-            got = linear_scan(decay, inputs, implementation=implementation)
+            got = linear_scan(jnp.asarray(decay), jnp.asarray(inputs), implementation=implementation)
         zeros = np.zeros((2, 3))
         wanted, _ = linear_by_hand(decay, inputs, zeros, None, False, (np.zeros_like(inputs), zeros))
         assert_close(got, wanted)
@@ -217,13 +219,13 @@ def test_a_linear_scan_starts_from_zero_and_takes_any_length(implementation):
 def test_half_precision_inputs_are_carried_in_single_precision():
     rng = np.random.default_rng(0)
     decay, inputs = np.float32([0.999, 0.5, -0.9]), jnp.asarray(rng.standard_normal((2, 300, 3)), jnp.bfloat16)
-    states, last = linear_scan(decay, inputs)
+    states, last = linear_scan(jnp.asarray(decay), inputs)
     assert states.dtype == last.dtype == jnp.float32
     exact = np.asarray(inputs, np.float64)
     zeros = np.zeros((2, 3))
     wanted, _ = linear_by_hand(np.float64(decay), exact, zeros, None, False, (np.zeros_like(exact), zeros))
     assert_close((states, last), wanted, 1e-5)
-    assert jax.grad(lambda x: linear_scan(decay, x)[0].sum())(inputs).dtype == jnp.bfloat16
+    assert jax.grad(lambda x: linear_scan(jnp.asarray(decay), x)[0].sum())(inputs).dtype == jnp.bfloat16
 
 
 def test_an_unknown_implementation_is_refused():

@@ -91,6 +91,9 @@ class LSSL(StateSpaceMixer):
         trained = {"none": 0, "dt": self.embed_dim, "all": self.embed_dim + 7 * self.state_dim - 2}
         return trained[self.learn] + self.outputs_per_feature * self.embed_dim * self.state_dim
 
+    def setup_flops(self) -> int:
+        return 2 * self.embed_dim * self.state_dim**2 * (self.state_dim + 4)  # a solve per feature
+
     def step_flops(self) -> int:
         return self.embed_dim * self.state_dim * (2 * self.state_dim + 2 + 2 * self.channels)
 

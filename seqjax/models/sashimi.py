@@ -46,6 +46,14 @@ class Layer(nn.Module):
         return x, (None if state is None else tuple(states), tuple(given))
 
 
+class One(Layer):
+    @nn.compact
+    def __call__(self, x, state, skips, runs, train):
+        first = lambda t: jax.tree.map(lambda a: a[0], t)
+        x, out = Layer.__call__.__wrapped__(self, x, first(state), first(skips), runs, train) if hasattr(Layer.__call__,'__wrapped__') else super().__call__(x, first(state), first(skips), runs, train)
+        return x, jax.tree.map(lambda a: a[None], out)
+
+
 class TierState(NamedTuple):
     """What one sampling rate and the coarser ones carry; the last four are None where there is nothing such.
 
@@ -99,6 +107,8 @@ class Tier(nn.Module):
         self.up = Dense(self.pooling[0] * width, ("embed", "mlp"), kernel_init=up_init, **types)
 
     def _stack(self) -> nn.Module:
+        if self.num_layers == 1:
+            return One(self.sublayers, self.frame, self.dropout)
         scanned = nn.scan(
             Layer,
             variable_axes={"params": 0, "losses": 0},

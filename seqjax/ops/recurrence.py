@@ -74,7 +74,8 @@ def recurrence(
 
 
 def _chunk_size(length: int) -> int:
-    """All of a short sequence; else the divisor of `length` nearest the square root within a factor of 2, or that root, which leaves a remainder."""
+    """All of a short sequence; else the divisor of `length` nearest the square root within a factor of 2, or that root,
+    which leaves a remainder."""
     if length <= ONE_CHUNK:
         return length
     root = math.isqrt(length)

@@ -1,0 +1,52 @@
+"""Generation from a carried state, against recomputing."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from benchmarks.comparison import Rows, compared
+from benchmarks.gpt2 import VOCAB, gpt2_shaped
+
+import seqjax
+from seqjax.scaling.timing import time_side_by_side
+
+
+def generate(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """Greedy decoding from a carried state, against recomputing the prefix for every token."""
+    total = args.prompt + args.new_tokens
+    model, variables = gpt2_shaped(args, total)
+    prompts = jax.random.randint(jax.random.key(1), (args.batch, args.prompt), 0, VOCAB, jnp.int32)
+    buckets = range(args.prompt + args.bucket, total + args.bucket, args.bucket)
+    functions = {
+        f"recomputed, padded to {args.bucket}s": lambda: _recompute(
+            model, variables, prompts, [min(stop, total) for stop in buckets]
+        ),
+        "carried state": lambda: seqjax.generate(model, variables, prompts, args.new_tokens),
+    }
+    outputs = {name: np.asarray(function()) for name, function in functions.items()}
+    timings = time_side_by_side(functions, args.rounds, warmup=0)
+    same = {name: float((output == outputs["carried state"]).mean()) for name, output in outputs.items()}
+    return compared(timings, next(iter(functions)), args.batch * args.new_tokens), {"share_of_equal_tokens": same}
+
+
+def _recompute(model: Any, variables: Any, prompts: jax.Array, stops: list[int]) -> jax.Array:
+    """Greedy tokens after the prompts; tokens before each of `stops` see a prefix padded to that length."""
+    length = prompts.shape[1]
+    tokens = jnp.pad(prompts, [(0, 0), (0, stops[-1] - length)])
+    for start, stop in zip([length, *stops], stops):
+        tokens = _extend(model, variables, tokens, start, stop)
+    return tokens[:, length:]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "stop"))
+def _extend(model: Any, variables: Any, tokens: jax.Array, start: int, stop: int) -> jax.Array:
+    def add(i: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits, _ = model.apply(variables, tokens[:, :stop])
+        return tokens.at[:, i].set(jnp.argmax(logits[:, i - 1], axis=-1))
+
+    return jax.lax.fori_loop(start, stop, add, tokens)

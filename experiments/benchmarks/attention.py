@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmarks.comparison import Rows, compared, forward_backward
 
+from benchmarks.comparison import Rows, compared, forward_backward
 from seqjax.ops.attention import flash_attention
 from seqjax.scaling.timing import time_side_by_side
 

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.comparison import Rows, compared
-from benchmarks.gpt2 import VOCAB, gpt2_shaped
 
 import seqjax
+from benchmarks.comparison import Rows, compared
+from benchmarks.gpt2 import VOCAB, gpt2_shaped
 from seqjax.scaling.timing import time_side_by_side
 
 
@@ -39,12 +39,14 @@ def _recompute(model: Any, variables: Any, prompts: jax.Array, stops: list[int])
     length = prompts.shape[1]
     tokens = jnp.pad(prompts, [(0, 0), (0, stops[-1] - length)])
     for start, stop in zip([length, *stops], stops):
-        tokens = _extend(model, variables, tokens, start, stop)
+        tokens = extend(model, variables, tokens, start, stop)
     return tokens[:, length:]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "stop"))
-def _extend(model: Any, variables: Any, tokens: jax.Array, start: int, stop: int) -> jax.Array:
+def extend(model: Any, variables: Any, tokens: jax.Array, start: int, stop: int) -> jax.Array:
+    """Greedy tokens at positions `start` to `stop`, each from all of the first `stop` tokens anew."""
+
     def add(i: jax.Array, tokens: jax.Array) -> jax.Array:
         logits, _ = model.apply(variables, tokens[:, :stop])
         return tokens.at[:, i].set(jnp.argmax(logits[:, i - 1], axis=-1))

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from benchmarks.comparison import Rows, compared, forward_backward
 
+from benchmarks.comparison import Rows, compared, forward_backward
 from seqjax.ops.complex_pairs import Pair, exponential, product, real_product, to_complex
 from seqjax.ops.recurrence import recurrence, sum_modes
 from seqjax.ops.state_space import DiagonalSystem
@@ -22,7 +22,7 @@ MATERIALISED_UP_TO = 1 << 25
 
 
 def scan(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """Diagonal recurrences `h_t = a h_(t-1) + u_t`, `y_t = Re sum c h_t`, against an associative scan and autodiff of a loop."""
+    """Diagonal recurrences `h_t = a h_(t-1) + u_t`, `y_t = Re sum c h_t`, against JAX's scans and their autodiff."""
     rows, checks = [], {}
     for shape in args.shapes:
         for kind, competitors in {"real": _real(*shape), "complex": _complex(*shape)}.items():
@@ -55,7 +55,9 @@ def _compare(competitors: dict[str, Callable], shape: tuple[int, ...], rounds: i
         "updates_per_s": batch * length * width * modes / ours.median,
         "forward_backward_over_forward": timings["seqjax", "forward+backward"].median / ours.median,
         "forward_over_associative_scan": ours.speedup(timings["lax.associative_scan", "forward"]),
-        "forward_backward_over_lax_scan": timings["seqjax", "forward+backward"].speedup(timings["lax.scan", "forward+backward"]),
+        "forward_backward_over_lax_scan": timings["seqjax", "forward+backward"].speedup(
+            timings["lax.scan", "forward+backward"]
+        ),
         "max_relative_difference": max(float(np.abs(y - outputs["seqjax"]).max() / np.abs(y).max()) for y in outputs.values()),
     }
     return rows, figures

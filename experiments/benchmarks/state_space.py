@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from benchmarks.comparison import Rows
-from benchmarks.generation import extend
 
 import seqjax
+from benchmarks.comparison import Rows
+from benchmarks.generation import extend
 from seqjax import registry
 from seqjax.scaling.timing import Timing, time_side_by_side
 
@@ -30,7 +30,7 @@ def state_space(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
                 rows += [
                     label
                     | {"face": face, "median_s": t.median, "quartiles_s": " to ".join(f"{q:.4g}" for q in t.quartiles)}
-                    | {"speed_of_convolution": timings["convolution"].speedup(t)}
+                    | {"convolution_speedup": timings["convolution"].speedup(t)}
                     for face, t in timings.items()
                 ]
                 fastest = min(("convolution", "scan"), key=lambda face: timings[face].median)
@@ -43,10 +43,8 @@ def _faces(name: str, batch: int, length: int, args: argparse.Namespace) -> tupl
     make = functools.partial(registry.mixer(name), embed_dim=args.width, state_dim=args.state)
     x = jax.random.normal(jax.random.key(0), (batch, length, args.width))
     variables = jax.jit(make().init)(jax.random.key(1), x[:, :2])
-    functions = {
-        how: functools.partial(jax.jit(lambda v, x, m=make(implementation=how): m.apply(v, x)[0]), variables, x)
-        for how in ("convolution", "scan")
-    }
+    ways = {how: jax.jit(make(implementation=how).apply) for how in ("convolution", "scan")}
+    functions = {how: functools.partial(apply, variables, x) for how, apply in ways.items()}
     step = jax.jit(make().apply)
     tokens = min(args.tokens, length)
 
@@ -56,8 +54,102 @@ def _faces(name: str, batch: int, length: int, args: argparse.Namespace) -> tupl
             y, state = step(variables, x[:, :1], state)
         return y
 
-    timings = time_side_by_side(functions | {f"call per token, {args.tokens} tokens": by_token}, args.rounds)
-    token, measured = timings.popitem()
-    whole = Timing(tuple(s * length / tokens for s in measured.seconds))
+    timings = time_side_by_side(functions | {"call per token": by_token}, args.rounds)
+    measured = timings["call per token"].seconds
+    timings["call per token"] = Timing(tuple(seconds * length / tokens for seconds in measured))
     default = jax.make_jaxpr(make().apply)(variables, x)
-    return timings | {"call per token": whole}, "convolution" if " fft[" in str(default) else "scan"
+    return timings, "convolution" if " fft[" in str(default) else "scan"
+
+
+def decode(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """Time per generated token against the length of the context: carried states, a key-value cache, convolving again."""
+    models = {name: _model(name, args) for name in ("s4", "s4d", "transformer")}
+    rows = []
+    for length in args.lengths:
+        functions = {WAYS[name, True]: _carried(*model, length, args.tokens) for name, model in models.items()}
+        functions |= {WAYS[name, False]: _again(*models[name], length, args.again) for name in ("s4", "s4d")}
+        steps = {way: args.tokens if carried else args.again for (_, carried), way in WAYS.items()}
+        for way, timing in time_side_by_side(functions, args.rounds).items():
+            per_token = Timing(tuple(s / steps[way] for s in timing.seconds))
+            quartiles = " to ".join(f"{q:.4g}" for q in per_token.quartiles)
+            rows.append({"way": way, "length": length, "s_per_token": per_token.median, "quartiles_s": quartiles})
+    if args.out:
+        _plot(rows, pathlib.Path(args.out).with_suffix(".png"))
+    return rows, {f"{args.new_tokens} tokens by {name}": _long(name, *models[name], rows, args) for name in ("s4", "s4d")}
+
+
+WAYS = {
+    ("s4", True): "S4, carried state",
+    ("s4d", True): "S4D, carried state",
+    ("transformer", True): "Transformer, key-value cache",
+    ("s4", False): "S4, convolved again",
+    ("s4d", False): "S4D, convolved again",
+}
+"""What to call (architecture, whether its state is carried)."""
+
+
+def _model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
+    own = {"num_heads": args.heads} if name == "transformer" else {"state_dim": args.state}
+    model = seqjax.build({"name": name, "vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers, **own})
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def _carried(model: Any, variables: Any, length: int, tokens: int) -> Any:
+    """A function that makes the last `tokens` of `length` tokens, in one program."""
+    state = model.init_state(1, length)
+    for _ in range((length - tokens) // PREFILL):
+        _, state = _prefill(model, variables, jnp.zeros((1, PREFILL), jnp.int32), state)
+    return functools.partial(_decode, model, variables, state, tokens)
+
+
+PREFILL = 64
+"""Tokens of a chunk of the context."""
+
+_prefill = functools.partial(jax.jit, static_argnames="model")(lambda model, *arguments: model.apply(*arguments))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "tokens"))
+def _decode(model: Any, variables: Any, state: Any, tokens: int) -> jax.Array:
+    variables = model.prepare(variables)
+
+    def step(carry: tuple, _: None) -> tuple[tuple, jax.Array]:
+        logits, state = model.apply(variables, carry[0], carry[1])
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return (token, state), token
+
+    return jax.lax.scan(step, (jnp.zeros((1, 1), jnp.int32), state), length=tokens)[1]
+
+
+def _again(model: Any, variables: Any, length: int, tokens: int) -> Any:
+    """A function that makes the last `tokens` of `length` tokens, each by a convolution over all of them."""
+    return functools.partial(extend, model, variables, jnp.zeros((1, length), jnp.int32), length - tokens, length)
+
+
+def _long(name: str, model: Any, variables: Any, rows: Rows, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds to generate from the carried state, and by convolving again at the next measured length (a sum of `rows`)."""
+    prompt = jnp.zeros((1, 1), jnp.int32)
+    run = functools.partial(seqjax.generate, model, variables, prompt, args.new_tokens)
+    carried = time_side_by_side({"carried": run}, args.rounds)["carried"].median
+    again, before = 0.0, 0
+    for row in rows:
+        if row["way"] == WAYS[name, False] and before < args.new_tokens:
+            again += (min(row["length"], args.new_tokens) - before) * row["s_per_token"]
+            before = min(row["length"], args.new_tokens)
+    return {"carried_s": carried, "convolved_again_s": again, "ratio": again / carried} if before == args.new_tokens else {}
+
+
+def _plot(rows: Rows, path: pathlib.Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for (_, carried), way in WAYS.items():
+        points = [(row["length"], 1e3 * row["s_per_token"]) for row in rows if row["way"] == way]
+        axes.plot(*zip(*points), "o-" if carried else "o--", markersize=4, label=way)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per token")
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

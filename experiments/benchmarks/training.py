@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from benchmarks.comparison import Rows, compared
-from benchmarks.gpt2 import VOCAB, gpt2_shaped
 
 import seqjax
+from benchmarks.comparison import Rows, compared
+from benchmarks.gpt2 import VOCAB, gpt2_shaped
 from seqjax.interop.pretrained import save_pretrained
 from seqjax.parallel.rules import use_mesh
 from seqjax.scaling.timing import Timing, time_side_by_side

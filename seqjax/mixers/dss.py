@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqjax.config import ConfigError, choose
-from seqjax.mixers.state_space import StateSpaceMixer, complex_normal, constant
+from seqjax.mixers.state_space import ContinuousMixer, complex_normal, constant
 from seqjax.ops.complex_pairs import Pair, product, scale
 from seqjax.ops.discretization import discretize_diagonal
 from seqjax.ops.hippo import diagonal_plus_low_rank
@@ -16,7 +16,7 @@ from seqjax.registry import register_mixer
 
 
 @register_mixer("dss")
-class DSS(StateSpaceMixer):
+class DSS(ContinuousMixer):
     """Diagonal state spaces (Gupta, Gu and Berant 2022): `K_l = Re sum_n w_n x_n exp(l dt A_n)`, without conjugates.
 
     Attributes:

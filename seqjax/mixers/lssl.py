@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from seqjax.config import ConfigError, choose
-from seqjax.mixers.state_space import StateSpaceMixer
+from seqjax.mixers.state_space import ContinuousMixer
 from seqjax.ops.discretization import discretize_dense
 from seqjax.ops.hippo import Quasiseparable, hippo, quasiseparable, tridiagonal_family
 from seqjax.ops.state_space import DenseSystem
@@ -18,7 +18,7 @@ from seqjax.registry import register_mixer
 
 
 @register_mixer("lssl")
-class LSSL(StateSpaceMixer):
+class LSSL(ContinuousMixer):
     """Linear state-space layer (Gu et al. 2021): `x' = A x + B u`, generalised bilinear transform, `y = C x + D u`.
 
     The parallel face convolves with `C A^l B` from Krylov vectors by doubling; the carried one steps the dense recurrence.

@@ -7,7 +7,7 @@ import numpy as np
 
 from seqjax.config import ConfigError, choose
 from seqjax.mixers.s4d import check_num_systems, tiled
-from seqjax.mixers.state_space import StateSpaceMixer, complex_normal, constant, constant_pair
+from seqjax.mixers.state_space import ContinuousMixer, complex_normal, constant, constant_pair
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.hippo import diagonal_plus_low_rank
 from seqjax.ops.state_space import DiagonalPlusLowRankSystem
@@ -18,7 +18,7 @@ RANKS = {"legs": 1, "legt": 2, "fout": 1}
 
 
 @register_mixer("s4")
-class S4(StateSpaceMixer):
+class S4(ContinuousMixer):
     """Structured state spaces (Gu, Goel and Re 2022): `A = diag(Lambda) - P P^*` by the bilinear rule.
 
     P on both sides keeps A stable whatever P learns (Goel et al. 2022), `Lambda = -exp(a_log) - i a_imag`. C itself is the

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array
 
 from seqjax.config import ConfigError, choose
-from seqjax.mixers.state_space import StateSpaceMixer, complex_normal, constant, constant_pair
+from seqjax.mixers.state_space import ContinuousMixer, complex_normal, constant, constant_pair
 from seqjax.ops.complex_pairs import Pair, product, scale
 from seqjax.ops.discretization import discretize_diagonal
 from seqjax.ops.hippo import diagonal_init, diagonal_plus_low_rank
@@ -26,7 +26,7 @@ def log_decay(a: Pair, dt: Array, method: str) -> tuple[Pair, Pair]:
 
 
 @register_mixer("s4d")
-class S4D(StateSpaceMixer):
+class S4D(ContinuousMixer):
     """Diagonal state spaces (Gu et al. 2022, "On the Parameterization and Initialization of Diagonal State Space Models").
 
     `K_l = 2 Re sum_n C_n B_n gain_n exp(l dt A_n)`, `A = -exp(a_log) - i a_imag`.

@@ -10,7 +10,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from seqjax.config import ConfigError, choose
 from seqjax.layers.dense import Dense, scaled_init
@@ -44,9 +44,6 @@ class StateSpaceMixer(Mixer):
     Attributes:
       state_dim: N, states per feature; conjugate pairs count as two.
       channels: M, outputs of each feature's system, mixed by the output map.
-      dt_min, dt_max: range of the initial step sizes, log-uniform.
-      resample: factor on all step sizes: a system trained at one sampling rate runs at another (2 for inputs sampled half
-        as often).
       activation: f, a key of `ACTIVATIONS`.
       output: "glu" (`W1 y * sigmoid(W2 y)`, as S4), "linear" or "none".
       implementation: of the parallel face, "convolution" or "scan"; None takes the faster by shape and platform.
@@ -54,9 +51,6 @@ class StateSpaceMixer(Mixer):
 
     state_dim: int = 64
     channels: int = 1
-    dt_min: float = 0.001
-    dt_max: float = 0.1
-    resample: float = 1.0
     activation: str = "gelu_exact"
     output: str = "glu"
     implementation: str | None = None
@@ -73,19 +67,11 @@ class StateSpaceMixer(Mixer):
             raise ConfigError(f"model.state_dim={self.state_dim} does not fit; did you mean {near}? Allowed: {kind}.")
         if self.channels < 1:
             raise ConfigError(f"model.channels={self.channels} is not positive; allowed: 1 and above.")
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(
-                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
-                "allowed: 0 < dt_min <= dt_max."
-            )
-        if not self.resample > 0:
-            raise ConfigError(f"model.resample={self.resample} is not positive; allowed: above 0, 1 keeps the rate.")
         choose(ACTIVATIONS, self.activation, "model.activation")
         choose(OUTPUTS, self.output, "model.output")
         if self.output == "none" and self.channels > 1:
             raise ConfigError(f"model.output='none' leaves {self.channels} channels unmixed; allowed: glu, linear.")
-        if self.implementation is not None:
-            choose(dict.fromkeys(IMPLEMENTATIONS), self.implementation, "model.implementation")
+        check_implementation(self.implementation)
 
     @property
     def outputs_per_feature(self) -> int:
@@ -138,45 +124,10 @@ class StateSpaceMixer(Mixer):
             y, inner = system.scan(u, state.system, None if segment_ids is None else found.starts)
             state = StateSpaceState(system=inner, segment=after)
         else:
-            y = self.run(system, u, None if segment_ids is None else found)
+            runs = None if segment_ids is None else found
+            y = run_system(system, u, runs, causal=self.causal, implementation=self.implementation)
         skip = self.vector("skip", nn.initializers.normal(1.0), (self.channels, self.embed_dim), ("channels", "embed"))
         return self._out(y + skip.astype(self.wide) * u[:, :, None]), state
-
-    def run(self, system: StateSpaceSystem, u: Float[Array, "B L D"], found: Segments | None) -> Float[Array, "B L M D"]:
-        """The parallel face, by the chosen implementation."""
-        length, packed = u.shape[1], found is not None
-        scan = functools.partial(self._scan, system)
-        how = self.implementation or ("scan" if length <= SCAN_UP_TO or (packed and not self.causal) else None)
-        if how == "scan":
-            return scan(u, found)
-        if how is None and packed:  # on CPU the segments' divide and conquer costs more than the loop
-            convolve = functools.partial(self._convolve, system)
-            return jax.lax.platform_dependent(u, found, cpu=scan, default=convolve)
-        return self._convolve(system, u, found)
-
-    def _convolve(self, system: StateSpaceSystem, u: Array, found: Segments | None) -> Array:
-        kernel = system.kernel(u.shape[1])
-        forward, backward = kernel[: self.channels], None if self.causal else kernel[self.channels :]
-        if found is not None and not self.causal:
-            raise ConfigError(
-                "segment_ids with model.causal=False and model.implementation='convolution': a convolution that sees both "
-                "sides takes no segments; allowed: implementation='scan' or None."
-            )
-        return long_convolution(u, forward, reverse_kernel=backward, runs=None if found is None else found.runs)[0]
-
-    def _scan(self, system: StateSpaceSystem, u: Array, found: Segments | None) -> Array:
-        forward = with_channels(system, slice(0, self.channels))
-        y, _ = forward.scan(u, forward.init_state(u.shape[0]), None if found is None else found.starts)
-        if self.causal:
-            return y
-        backward = with_channels(system, slice(self.channels, None))
-        starts = None if found is None else reversed_starts(found.starts)
-        later, _ = backward.scan(jnp.flip(u, 1), backward.init_state(u.shape[0]), starts)
-        # The state of position t + 1, seen from t: lag 0 of the backward kernel stands for the next input.
-        later = jnp.pad(later[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
-        if starts is not None:
-            later = jnp.where(starts[:, :, None, None], 0, later)
-        return y + jnp.flip(later, 1)
 
     def _out(self, y: Float[Array, "B L M D"]) -> Float[Array, "B L D"]:
         y = ACTIVATIONS[self.activation](y.astype(self.dtype)).reshape(*y.shape[:2], self.channels * self.embed_dim)
@@ -204,16 +155,6 @@ class StateSpaceMixer(Mixer):
         parts = (self.vector(f"{name}_{p}", part(i), shape, axes) for i, p in enumerate(("real", "imag")))
         return Pair(*(a.astype(self.wide) for a in parts))
 
-    def time_steps(self, count: int) -> Float[Array, "D"]:
-        """Step sizes `exp(log_dt)`, log-uniform at first, one per feature."""
-
-        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-            low, high = math.log(self.dt_min), math.log(self.dt_max)
-            return jax.random.uniform(key, shape, dtype, low, high)
-
-        log_dt = self.vector("log_dt", init, (count,), ("embed",))
-        return self.resample * jnp.exp(log_dt.astype(self.wide))
-
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> StateSpaceState:
         if not self.causal:
@@ -229,22 +170,106 @@ class StateSpaceMixer(Mixer):
         if how == "scan":
             mixing = length * self.step_flops() * (1 if self.causal else 2)
         else:
-            size = fft_size(2 * length - 1)
-            transforms = 2.5 * size * math.log2(size) * width * (1 + self.outputs_per_feature + self.channels)
-            mixing = int(transforms) + self.kernel_flops(length) + 6 * features * (size // 2)
+            mixing = transform_flops(length, width, self.outputs_per_feature, self.channels) + self.kernel_flops(length)
         flops = mixing + self.setup_flops() + length * (3 * features + 2 * maps * features * width)
         held = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(jax.eval_shape(lambda: self.empty_state(1))))
         return Costs(parameters, flops, held + 12 if self.causal else 0)
 
 
-def with_channels(system: StateSpaceSystem, channels: slice) -> StateSpaceSystem:
-    """The system with some of its outputs."""
-    return system._replace(outputs=jax.tree.map(lambda a: a[channels], system.outputs))
+class ContinuousMixer(StateSpaceMixer):
+    """A state-space mixer whose system is continuous in time, read at steps that are learned.
+
+    Attributes:
+      dt_min, dt_max: range of the initial step sizes, log-uniform.
+      resample: factor on all step sizes: a system trained at one sampling rate runs at another (2 for inputs sampled half
+        as often).
+    """
+
+    dt_min: float = 0.001
+    dt_max: float = 0.1
+    resample: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.dt_min <= self.dt_max:
+            raise ConfigError(
+                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
+                "allowed: 0 < dt_min <= dt_max."
+            )
+        if not self.resample > 0:
+            raise ConfigError(f"model.resample={self.resample} is not positive; allowed: above 0, 1 keeps the rate.")
+
+    def time_steps(self, count: int) -> Float[Array, "D"]:
+        """Step sizes `exp(log_dt)`, log-uniform at first, one per feature."""
+
+        def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+            low, high = math.log(self.dt_min), math.log(self.dt_max)
+            return jax.random.uniform(key, shape, dtype, low, high)
+
+        log_dt = self.vector("log_dt", init, (count,), ("embed",))
+        return self.resample * jnp.exp(log_dt.astype(self.wide))
 
 
-def reversed_starts(starts: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Where segments start when the sequence is read from its end."""
-    return jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+def check_implementation(implementation: str | None) -> None:
+    """Raise a ConfigError unless `run_system` knows it."""
+    if implementation is not None:
+        choose(dict.fromkeys(IMPLEMENTATIONS), implementation, "model.implementation")
+
+
+def run_system(
+    system: StateSpaceSystem, u: Float[Array, "B L D"], found: Segments | None, *, causal: bool, implementation: str | None
+) -> Float[Array, "B L M D"]:
+    """The parallel face of a system: outputs for whole sequences, from an empty state.
+
+    Args:
+      found: the segments of packed documents; None for one per row.
+      causal: False runs the second half of the outputs backwards: they see the state of the next position.
+      implementation: "convolution", "scan", or None for the faster by shape and platform.
+    Raises:
+      ConfigError: segments in a convolution that sees both sides.
+    """
+    length, packed = u.shape[1], found is not None
+    scan = functools.partial(_scan, system, causal)
+    how = implementation or ("scan" if length <= SCAN_UP_TO or (packed and not causal) else None)
+    if how == "scan":
+        return scan(u, found)
+    if how is None and packed:  # on CPU the segments' divide and conquer costs more than the loop
+        return jax.lax.platform_dependent(u, found, cpu=scan, default=functools.partial(_convolve, system, causal))
+    return _convolve(system, causal, u, found)
+
+
+def _convolve(system: StateSpaceSystem, causal: bool, u: Array, found: Segments | None) -> Array:
+    if found is not None and not causal:
+        raise ConfigError(
+            "segment_ids with model.causal=False and model.implementation='convolution': a convolution that sees both "
+            "sides takes no segments; allowed: implementation='scan' or None."
+        )
+    kernel = system.kernel(u.shape[1])
+    forward, backward = (kernel, None) if causal else jnp.split(kernel, 2)
+    return long_convolution(u, forward, reverse_kernel=backward, runs=None if found is None else found.runs)[0]
+
+
+def _scan(system: StateSpaceSystem, causal: bool, u: Array, found: Segments | None) -> Array:
+    starts = None if found is None else found.starts
+    if causal:
+        return system.scan(u, system.init_state(u.shape[0]), starts)[0]
+    half = jax.tree.leaves(system.outputs)[0].shape[0] // 2
+    forward = system._replace(outputs=jax.tree.map(lambda a: a[:half], system.outputs))
+    backward = system._replace(outputs=jax.tree.map(lambda a: a[half:], system.outputs))
+    y, _ = forward.scan(u, forward.init_state(u.shape[0]), starts)
+    starts = None if starts is None else jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+    later, _ = backward.scan(jnp.flip(u, 1), backward.init_state(u.shape[0]), starts)
+    # The state of position t + 1, seen from t: lag 0 of the backward kernel stands for the next input.
+    later = jnp.pad(later[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
+    if starts is not None:
+        later = jnp.where(starts[:, :, None, None], 0, later)
+    return y + jnp.flip(later, 1)
+
+
+def transform_flops(length: int, width: int, outputs: int, channels: int) -> int:
+    """Floating-point operations of the convolution's Fourier transforms and products."""
+    size = fft_size(2 * length - 1)
+    return int(2.5 * size * math.log2(size) * width * (1 + outputs + channels)) + 6 * channels * width * (size // 2)
 
 
 def complex_normal(key: Array, shape: tuple[int, ...], dtype: Any) -> Pair:

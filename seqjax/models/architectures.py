@@ -15,3 +15,8 @@ register_stack("s4", pattern=("s4",), defaults=SEQUENCE, example=TINY | {"state_
 register_stack("dss", pattern=("dss",), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False))
 register_stack("lssl", pattern=("lssl",), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False))
 register_stack("s5", pattern=("s5",), defaults=SEQUENCE, example=TINY | {"state_dim": 8}, causal=(True, False))
+register_stack("gss", pattern=("gss",), defaults=SEQUENCE, example=TINY | {"state_dim": 4})
+register_stack("lmu", pattern=("lmu", "mlp"), defaults=SEQUENCE, example=TINY | {"state_dim": 4, "theta": 8.0})
+register_stack(
+    "spacetime", pattern=("spacetime", "mlp"), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False)
+)

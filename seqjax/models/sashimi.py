@@ -50,7 +50,11 @@ class One(Layer):
     @nn.compact
     def __call__(self, x, state, skips, runs, train):
         first = lambda t: jax.tree.map(lambda a: a[0], t)
-        x, out = Layer.__call__.__wrapped__(self, x, first(state), first(skips), runs, train) if hasattr(Layer.__call__,'__wrapped__') else super().__call__(x, first(state), first(skips), runs, train)
+        x, out = (
+            Layer.__call__.__wrapped__(self, x, first(state), first(skips), runs, train)
+            if hasattr(Layer.__call__, "__wrapped__")
+            else super().__call__(x, first(state), first(skips), runs, train)
+        )
         return x, jax.tree.map(lambda a: a[None], out)
 
 

@@ -25,6 +25,8 @@ MIXER_VARIANTS = {
     ],
     "dss": [{"state_dim": 3, "kernel": "softmax", "kernel_length": 64, "implementation": "convolution"}],
     "glu": [{"activation": "gelu", "mlp_bias": False}],
+    "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
+    "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],
     "lssl": [{"state_dim": 5, "implementation": "convolution", "learn": "none", "channels": 2}],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},
@@ -38,6 +40,7 @@ MIXER_VARIANTS = {
         {"state_dim": 8, "blocks": 2, "gate": "half_glu2", "implementation": "chunked", "discretization": "bilinear"},
         {"state_dim": 8, "causal": False, "implementation": "associative"},
     ],
+    "spacetime": [{"state_dim": 5, "implementation": "convolution", "channels": 2}],
 }
 """Options beside the defaults under which a mixer is held to the contract as well."""
 

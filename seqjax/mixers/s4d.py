@@ -109,12 +109,12 @@ def tiled(a: Pair, width: int) -> Pair:
     return Pair(repeat(a.real), repeat(a.imag))
 
 
-def check_num_systems(num_systems: int | None, width: int) -> None:
+def check_num_systems(num_systems: int | None, width: int, option: str = "num_systems") -> None:
     """Raise a ConfigError unless the copies divide the features evenly."""
     if num_systems is not None and (num_systems < 1 or width % num_systems):
         fits = [s for s in range(1, width + 1) if width % s == 0]
         near = min(fits, key=lambda s: abs(s - num_systems))
         raise ConfigError(
-            f"model.num_systems={num_systems} does not divide model.embed_dim={width}; did you mean {near}? "
+            f"model.{option}={num_systems} does not divide model.embed_dim={width}; did you mean {near}? "
             f"Allowed: None, {', '.join(map(str, fits))}."
         )

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Int
 from seqjax.config import ConfigError, choose
 from seqjax.mixers.base import Costs
 from seqjax.models.base import DTYPES
-from seqjax.models.series import check_series, last_segment, series_rows
+from seqjax.models.heads import ending_at_last
+from seqjax.models.series import check_series, series_rows
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.registry import register_architecture
 
@@ -127,11 +128,7 @@ class ARNet(nn.Module):
 
     def _forecast(self, inputs: Array, segment_ids: Array | None, kernel: Array, bias: Array | None) -> Float[Array, "B T C"]:
         rows, _, restore = series_rows(inputs, segment_ids, self.series_norm, channel_independent=False)
-        if segment_ids is not None:  # the window moves to the end of its row, and zeros stand before it
-            window = last_segment(segment_ids)
-            rows = jnp.where(window[..., None] != 0, rows, 0)
-            padding = jnp.argmax(window[:, ::-1], axis=1)
-            rows = jax.vmap(lambda row, shift: jnp.roll(row, shift, axis=0))(rows, padding)
+        rows = ending_at_last(rows, segment_ids)
         return restore(self._predict("bpc,tp->btc", rows[:, : -self.order - 1 : -1], kernel, bias))
 
     def _predict(self, sums: str, past: Array, kernel: Array, bias: Array | None) -> Array:

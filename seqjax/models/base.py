@@ -26,6 +26,7 @@ class Model(nn.Module):
       head: a key of `HEADS`; "language_model" reads out `vocab_size`, classifier and matching `num_classes`, regression and
         forecast `output_dim` (and `horizon` steps).
       pool: "mean" or "last", for heads that read a whole sequence.
+      head_state_dim: order of the systems of the head "closed_loop".
       tie_embeddings: the language-model head reuses the embedding table.
       embed_init: standard deviation of a token's initial vector; 0.02 is GPT-2's.
       position: "learned" and "sinusoidal" act here, "rope" and "alibi" inside attention, "none" nowhere.
@@ -43,6 +44,7 @@ class Model(nn.Module):
     output_dim: int | None = None
     horizon: int = 1
     pool: str = "mean"
+    head_state_dim: int = 64
     tie_embeddings: bool = True
     embed_init: float = 0.02
     position: str = "rope"
@@ -65,6 +67,8 @@ class Model(nn.Module):
         if getattr(self, head.size_option) is None:
             raise ConfigError(f"model.head={self.head!r} needs model.{head.size_option}, which was not given.")
         check_pool(self.pool)
+        if self.head_state_dim < 1:
+            raise ConfigError(f"model.head_state_dim={self.head_state_dim} is not positive; allowed: 1 and above.")
         for key in ("dtype", "param_dtype"):
             choose(DTYPES, getattr(self, key), f"model.{key}")
         if self.position not in POSITIONS:
@@ -80,7 +84,8 @@ class Model(nn.Module):
     def make_head(self, **options: Any) -> Head:
         """The head module; `options` may name it and its parent, or set a width other than the model's."""
         kind = HEADS[self.head]
-        own = {"horizon": self.horizon, "pool": self.pool, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        own = {"horizon": self.horizon, "pool": self.pool, "state_dim": self.head_state_dim}
+        own |= {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return kind(**{"output_dim": getattr(self, kind.size_option), **own, **options})
 
     def embed(

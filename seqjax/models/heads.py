@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax.config import ConfigError
 from seqjax.layers.dense import Dense
+from seqjax.ops.companion import closed_loop, companion_read, unit_sum
 
 
 class Head(nn.Module):
@@ -21,11 +22,13 @@ class Head(nn.Module):
       output_dim: width of the output: vocabulary, number of classes, or channels.
       horizon: how many steps a forecast spans.
       pool: how a sequence becomes one vector: "mean" over its valid tokens, or its "last" valid token.
+      state_dim: order of the systems of a head that has them.
     """
 
     output_dim: int
     horizon: int = 1
     pool: str = "mean"
+    state_dim: int = 64
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -134,12 +137,45 @@ class ForecastHead(Head):
         return self.horizon * super().flops(embed_dim, length)
 
 
+class ClosedLoopHead(Head):
+    """The next `horizon` values, by systems that read the window and then run on their own outputs (SpaceTime's decoder).
+
+    A companion system per feature, `x_(t+1) = A x_t + b u_t`, reads the features of the window. Its next states are
+    those of `A + b k^T`: the input is its own forecast `k x`. Outputs `c x` become values by one map for all steps, so
+    parameters do not grow with the horizon (Zhang et al. 2023, section 3.2). As in the authors' code, a, k and c have
+    absolute values that sum to 1, and b too where it feeds back.
+    """
+
+    per_token = False
+    serves = "forecast"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B T O"]:
+        wide = jnp.promote_types(self.param_dtype, jnp.float32)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("state", "embed"))
+        vector = lambda name: self.param(name, init, (self.state_dim, x.shape[-1]), self.param_dtype).astype(wide)
+        a, b, c, k = unit_sum(vector("last_column")), vector("b"), unit_sum(vector("c")), unit_sum(vector("k"))
+        state = companion_read(a, b, ending_at_last(x, segment_ids).astype(wide))
+        y = closed_loop(a, unit_sum(b), k, c, state, self.horizon)
+        return self._dense("values", self.output_dim, ("embed", None))(y)
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return 4 * self.state_dim * embed_dim + super().parameters(embed_dim, tied)
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        reading, rolling = (2 + 2) * length, (7 + 2) * self.horizon
+        return self.state_dim * embed_dim * (reading + rolling) + self.horizon * super().flops(embed_dim, length)
+
+
 HEADS: dict[str, type[Head]] = {
     "language_model": LanguageModelHead,
     "classifier": ClassifierHead,
     "matching": MatchingHead,
     "regression": RegressionHead,
     "forecast": ForecastHead,
+    "closed_loop": ClosedLoopHead,
 }
 
 
@@ -158,6 +194,22 @@ def pool(x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None, how: s
         return jnp.where(valid[..., None], x, 0).sum(axis=1) / count
     last = x.shape[1] - 1 - jnp.argmax(valid[:, ::-1], axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def last_segment(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """1 in the segment of each row's last token outside segment 0, else 0; all 0 in a row without such a token."""
+    runs = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
+    last = jnp.where(segment_ids != 0, runs, -1).max(axis=1, keepdims=True)
+    return (runs == last).astype(segment_ids.dtype)
+
+
+def ending_at_last(x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None) -> Float[Array, "B L D"]:
+    """Rows turned so that their `last_segment` ends them, zeros before it."""
+    if segment_ids is None:
+        return x
+    window = last_segment(segment_ids)
+    after = jnp.argmax(window[:, ::-1], axis=1)
+    return jax.vmap(lambda row, shift: jnp.roll(row, shift, axis=0))(jnp.where(window[..., None] != 0, x, 0), after)
 
 
 def check_pool(how: str) -> None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from seqjax.config import ConfigError, choose
-from seqjax.models.heads import HEADS, pool
+from seqjax.models.heads import HEADS, last_segment, pool
 
 NORMS = ("none", "mean", "last", "standard")
 EPSILON = 1e-5  # added to a window's variance: RevIN's
@@ -85,10 +85,3 @@ def _normalized(
         scale = jnp.sqrt(pool(jnp.square(inputs), window, "mean")[:, None] + EPSILON)
         inputs = inputs / scale
     return inputs, level, scale
-
-
-def last_segment(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """1 in the segment of each row's last token outside segment 0, else 0; all 0 in a row without such a token."""
-    runs = jnp.cumsum(jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0, axis=1)
-    last = jnp.where(segment_ids != 0, runs, -1).max(axis=1, keepdims=True)
-    return (runs == last).astype(segment_ids.dtype)

@@ -172,30 +172,35 @@ def _diagonal_plus_low_rank_step(constants: tuple, x: Pair, u: Array) -> tuple[P
 
 
 class Nodes(NamedTuple):
-    """Points `z_j = radius exp(-i pi j / L)`, j = 0..L, at which a generating function is evaluated."""
+    """Points `z_j = radius exp(-2 pi i j / circle)`, j = 0 .. circle / 2, at which a generating function is evaluated."""
 
     z: Complex[Array, "J"]
     one_minus_z: Complex[Array, "J"]
     radius: float
+    circle: int
 
 
-def transfer_nodes(length: int, dtype: Any) -> Nodes:
+def transfer_nodes(length: int, dtype: Any, oversampling: int = 2) -> Nodes:
     """Nodes for a kernel of `length` lags, in numbers of `dtype`.
 
-    2 L points on a circle of radius r give `K_l + r^(2L) K_(l + 2L) + ...` with rounding errors grown by up to `r^-L`:
-    `r^(3L) = epsilon` balances the two at `epsilon^(2/3)`.
+    A circle of `m L` points and radius r gives `K_l + r^(m L) K_(l + m L) + ...`, with rounding errors grown by up to
+    `r^-L`: `r^((m + 1) L) = epsilon` balances the two at `epsilon^(m / (m + 1))`.
+
+    Args:
+      oversampling: m, even.
     """
-    radius = float(jnp.finfo(dtype).eps) ** (1 / (3 * length))
-    angle = np.pi * np.arange(length + 1) / length
+    circle = oversampling * length
+    radius = float(jnp.finfo(dtype).eps) ** (1 / (circle + length))
+    angle = 2 * np.pi * np.arange(circle // 2 + 1) / circle
     z = radius * np.exp(-1j * angle)
     one_minus_z = (1 - radius) + 2 * radius * np.sin(angle / 2) ** 2 + 1j * radius * np.sin(angle)
     kind = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    return Nodes(jnp.asarray(z, kind), jnp.asarray(one_minus_z, kind), radius)
+    return Nodes(jnp.asarray(z, kind), jnp.asarray(one_minus_z, kind), radius, circle)
 
 
 def kernel_from_transfer(values: Complex[Array, "*M J"], length: int, nodes: Nodes) -> Float[Array, "*M L"]:
-    """The first `length` coefficients of a power series from its values at `transfer_nodes(length)`."""
-    kernel = jnp.fft.irfft(values, n=2 * length)[..., :length]
+    """The first `length` coefficients of a power series from its values at `transfer_nodes(length, ...)`."""
+    kernel = jnp.fft.irfft(values, n=nodes.circle)[..., :length]
     return kernel * jnp.asarray(nodes.radius ** -np.arange(length, dtype=np.float64), kernel.dtype)
 
 
@@ -267,9 +272,9 @@ class CompanionSystem(NamedTuple):
     def kernel(self, length: int) -> Float[Array, "M D L"]:
         """O(N log N + L log L): with S the shift, `c (I - z A)^(-1) b = c R b + z (c R a) (e R b) / (1 - z e R a)` where
         `R = (I - z S)^(-1)`, and `c R b` is the polynomial in z of the correlations of c and b."""
-        nodes = transfer_nodes(length, self.inputs.dtype)
+        nodes = transfer_nodes(length, self.inputs.dtype, oversampling=4)  # a node costs little here
         order = self.inputs.shape[0]
-        polynomial = functools.partial(_polynomial_values, length=length, radius=nodes.radius)
+        polynomial = functools.partial(_polynomial_values, nodes=nodes)
         last = lambda v: polynomial(jnp.flip(v, 0))  # e R v: the entries of v from the last to the first
         size = 2 * order
 
@@ -300,14 +305,13 @@ def _companion_step(constants: tuple, x: Array, u: Array) -> tuple[Array, Array]
     return x, jnp.stack([sum_modes(c * x) for c in channels], axis=1)
 
 
-def _polynomial_values(coefficients: Array, length: int, radius: float) -> Array:
-    """`sum_m coefficients[m] z^m` at `transfer_nodes(length)`: coefficients `[..., N, D]`, values `[..., D, J]`."""
+def _polynomial_values(coefficients: Float[Array, "*M N D"], nodes: Nodes) -> Complex[Array, "*M D J"]:
+    """`sum_m coefficients[m] z^m` at the nodes."""
     order = coefficients.shape[-2]
-    powers = jnp.asarray(radius ** np.arange(order, dtype=np.float64), coefficients.dtype)
+    powers = jnp.asarray(nodes.radius ** np.arange(order, dtype=np.float64), coefficients.dtype)
     scaled = jnp.swapaxes(coefficients, -1, -2) * powers
-    circle = 2 * length
-    folded = jnp.pad(scaled, [(0, 0)] * (scaled.ndim - 1) + [(0, -order % circle)])  # z^(2L) has returned to its angle
-    return jnp.fft.rfft(folded.reshape(*folded.shape[:-1], -1, circle).sum(-2), n=circle)
+    folded = jnp.pad(scaled, [(0, 0)] * (scaled.ndim - 1) + [(0, -order % nodes.circle)])  # a full turn is no turn
+    return jnp.fft.rfft(folded.reshape(*folded.shape[:-1], -1, nodes.circle).sum(-2), n=nodes.circle)
 
 
 class DenseSystem(NamedTuple):

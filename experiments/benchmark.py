@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
     shapes = [(4, 512, 4, 64), (1, 4096, 4, 64)]
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")
     shapes = [(1, 1024, 256, 16), (4, 1024, 256, 16), (8, 2048, 512, 16)]
-    command(scan, 7).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, D, N, such as 1x1024x256x16")
+    command(scan, 5).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, D, N, such as 1x1024x256x16")
     faces = command(state_space, 3, width=256, state=64, tokens=64)
     faces.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     faces.add_argument("--lengths", type=int, nargs="+", default=[4**n for n in range(2, 8)])

@@ -12,6 +12,7 @@ import pytest
 import seqjax
 from seqjax import registry
 from seqjax.mixers.base import Costs, Mixer
+from seqjax.models.heads import fits
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.testing import check_mixer, check_model
 
@@ -75,14 +76,17 @@ def test_every_config_is_in_the_readme_and_builds():
         exec(path.read_text(), scope)
         config = scope["get_config"]().copy_and_resolve_references()
         task = registry.task(config.data.name)
+        head = task.head if isinstance(task.head, str) else "classifier"  # a property where the options decide
         length = config.data.get("lookback", 16)
-        if task.head == "language_model":
+        if head == "language_model":
             decided = {"vocab_size": config.model.vocab_size or 257}
             inputs, wanted = jax.ShapeDtypeStruct((2, length), np.int32), (2, length, decided["vocab_size"])
         else:
-            decided = {"input_dim": 3, "output_dim": 3, "head": task.head, "horizon": config.data.get("horizon", 1)}
+            decided = {"input_dim": 3, "output_dim": 3, "num_classes": 10, "horizon": config.data.get("horizon", 1)}
+            if not fits(config.model.head, head):
+                decided["head"] = head
             inputs = jax.ShapeDtypeStruct((2, length, 3), np.float32)
-            wanted = (2, decided["horizon"] if task.head == "forecast" else length, 3)
+            wanted = {"classifier": (2, 10), "forecast": (2, decided["horizon"], 3), "regression": (2, length, 3)}[head]
         with config.model.ignore_type():
             config.model.update({key: value for key, value in decided.items() if key in config.model})
         model = seqjax.build(config)

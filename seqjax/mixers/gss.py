@@ -13,30 +13,24 @@ from seqjax.config import ConfigError
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import LayerNorm
 from seqjax.mixers.base import Costs, Mixer
-from seqjax.mixers.state_space import (
-    SCAN_UP_TO,
-    StateSpaceState,
-    check_implementation,
-    complex_normal,
-    run_system,
-    transform_flops,
-)
+from seqjax.mixers.state_space import SCAN_UP_TO, StateSpaceState, apply_system, check_implementation, transform_flops
 from seqjax.ops.complex_pairs import Pair, product
 from seqjax.ops.discretization import discretize_diagonal
-from seqjax.ops.segments import SegmentState, segments
+from seqjax.ops.segments import SegmentState
 from seqjax.ops.state_space import DiagonalSystem
 from seqjax.registry import register_mixer
 
 
 @register_mixer("gss")
 class GSS(Mixer):
-    """Gated state spaces (Mehta et al. 2022): `out((gelu(W_u x)) * (W_c y))`, y a DSS of `gelu(W_v x)`.
+    """Gated state spaces (Mehta et al. 2022): `W_o (gelu(W_u x) * (W_c y)) + b`, y a simplified DSS of `gelu(W_v x)`.
 
-    The DSS has steps of 1 and one spectrum `Lambda = -exp(re) + i exp(im)` for all features:
-    `K_l = Re sum_n C_n (exp(Lambda_n) - 1) / Lambda_n exp(l Lambda_n)`.
+    `y = K * v + skip v` with v normalised, steps of 1 and one spectrum `Lambda = -exp(lambda_real) + i exp(lambda_imag)` for
+    all features: `K_l = Re sum_n C_n (exp(Lambda_n) - 1) / Lambda_n exp(l Lambda_n)`. The outer norm and the skip connection
+    are the stack's. The paper's hybrid, an attention block over a window after every few of these, is a pattern.
 
     Attributes:
-      state_dim: N, number of complex modes.
+      state_dim: N, the number of complex modes, each with a frequency above zero and without a conjugate (paper: 512).
       inner_dim: width that the state space works at; None is a quarter of `embed_dim`.
       expand: width of the gate, in units of `embed_dim`.
       implementation: of the parallel face, "convolution" or "scan"; None takes the faster by shape and platform.
@@ -67,18 +61,10 @@ class GSS(Mixer):
 
     @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
-        before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
-        found, after = segments(segment_ids, before, x.shape[1])
         gate = jax.nn.gelu(self._dense("gate", self.expand * self.embed_dim, ("embed", "mlp"))(x))
         v = jax.nn.gelu(self._dense("down", self.inner, ("embed", None))(x))
         v = LayerNorm(dtype=self.wide, param_dtype=self.param_dtype, name="norm")(v)
-        system = self._system()
-        packed = segment_ids is not None
-        if state is None:
-            y = run_system(system, v, found if packed else None, causal=True, implementation=self.implementation)
-        else:
-            y, inner = system.scan(v, state.system, found.starts if packed else None)
-            state = StateSpaceState(system=inner, segment=after)
+        y, state = apply_system(self._system(), v, state, segment_ids, implementation=self.implementation)
         skip = self._parameter("skip", nn.initializers.normal(1.0), (self.inner,), (None,))
         y = (y[:, :, 0] + skip * v).astype(self.dtype)
         mixed = gate * self._dense("up", self.expand * self.embed_dim, (None, "mlp"))(y)
@@ -92,10 +78,7 @@ class GSS(Mixer):
         a_imag = jnp.exp(self._parameter("lambda_imag", normal, shape, ("state", None)))
         _, gain = discretize_diagonal(a_real, a_imag, jnp.ones_like(a_real), "zoh")
         channels = (1, self.state_dim, self.inner)
-        parts = (
-            self._parameter(f"c_{name}", lambda *like, i=i: complex_normal(*like)[i], channels, (None, "state", None))
-            for i, name in enumerate(("real", "imag"))
-        )
+        parts = (self._parameter(f"c_{part}", normal, channels, (None, "state", None)) for part in ("real", "imag"))
         spread = Pair(*(jnp.broadcast_to(a, channels[1:]) for a in (a_real, a_imag)))
         return DiagonalSystem(spread, product(gain, Pair(*parts)))
 

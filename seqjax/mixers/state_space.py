@@ -10,7 +10,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from seqjax.config import ConfigError, choose
 from seqjax.layers.dense import Dense, scaled_init
@@ -116,16 +116,9 @@ class StateSpaceMixer(Mixer):
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
         if state is not None and not self.causal:
             self.refuse_state()
-        length = x.shape[1]
-        before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
-        found, after = segments(segment_ids, before, length)
         system, u = self.system(), x.astype(self.wide)
-        if state is not None:
-            y, inner = system.scan(u, state.system, None if segment_ids is None else found.starts)
-            state = StateSpaceState(system=inner, segment=after)
-        else:
-            runs = None if segment_ids is None else found
-            y = run_system(system, u, runs, causal=self.causal, implementation=self.implementation)
+        how = {"causal": self.causal, "implementation": self.implementation}
+        y, state = apply_system(system, u, state, segment_ids, **how)
         skip = self.vector("skip", nn.initializers.normal(1.0), (self.channels, self.embed_dim), ("channels", "embed"))
         return self._out(y + skip.astype(self.wide) * u[:, :, None]), state
 
@@ -214,6 +207,25 @@ def check_implementation(implementation: str | None) -> None:
     """Raise a ConfigError unless `run_system` knows it."""
     if implementation is not None:
         choose(dict.fromkeys(IMPLEMENTATIONS), implementation, "model.implementation")
+
+
+def apply_system(
+    system: StateSpaceSystem,
+    u: Float[Array, "B L D"],
+    state: StateSpaceState | None,
+    segment_ids: Int[Array, "B L"] | None,
+    *,
+    causal: bool = True,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B L M D"], StateSpaceState | None]:
+    """Both faces of a system: whole sequences by `run_system`, or a chunk that continues from a state, and the next one."""
+    before = SegmentState.fresh(1 if segment_ids is None else u.shape[0]) if state is None else state.segment
+    found, after = segments(segment_ids, before, u.shape[1])
+    packed = segment_ids is not None
+    if state is None:
+        return run_system(system, u, found if packed else None, causal=causal, implementation=implementation), None
+    y, inner = system.scan(u, state.system, found.starts if packed else None)
+    return y, StateSpaceState(system=inner, segment=after)
 
 
 def run_system(

@@ -6,6 +6,7 @@ import pathlib
 CACHE = pathlib.Path(__file__).parent.parent / ".cache"
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small solves, beside XLA's own threads
 # Tests compile much and compute little: compile fast, and keep what was compiled for the next run.
 FAST_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILE}".strip()

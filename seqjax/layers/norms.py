@@ -1,4 +1,4 @@
-"""Normalisation by name: layer, RMS and batch."""
+"""Normalisation by name: layer, RMS, batch and none."""
 
 from __future__ import annotations
 
@@ -75,7 +75,18 @@ class BatchNorm(nn.Module):
         return y.astype(self.dtype)
 
 
-NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm}
+class NoNorm(nn.Module):
+    """Leaves features as they are: levels and scales of a series stay, and a linear model stays linear."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
+        return x.astype(self.dtype)
+
+
+NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm, "none": NoNorm}
 
 
 def make_norm(kind: str, **options: Any) -> nn.Module:
@@ -85,7 +96,7 @@ def make_norm(kind: str, **options: Any) -> nn.Module:
 
 def norm_parameters(kind: str, width: int) -> int:
     """How many parameters a normalisation of this kind trains."""
-    return width if kind == "rms" else 2 * width
+    return {"none": 0, "rms": width}.get(kind, 2 * width)
 
 
 def _vector(module: nn.Module, name: str, init: Any, x: Array) -> Array:

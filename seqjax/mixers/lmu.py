@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -70,7 +71,7 @@ def _legendre_delay(state_dim: int, theta: float) -> tuple[np.ndarray, np.ndarra
 
 @register_mixer("lmu")
 class LMU(Mixer):
-    """Legendre memory unit (Voelker et al. 2019) in the parallel form (Chilkuri and Eliasmith 2021, eqs. 18 to 20).
+    """Legendre memory unit (Voelker et al. 2019) in the parallel form (Chilkuri and Eliasmith 2021).
 
     `u_t = f(w x_t + b)`, one number; `m_t = A m_(t-1) + B u_t`, fixed (zero-order hold of the Legendre delay of `theta`
     tokens); `h_t = f(W [m_t; x_t] + b)`, then a linear map back to the residual stream, without which a block that starts as
@@ -94,7 +95,7 @@ class LMU(Mixer):
         super().__post_init__()
         if self.state_dim < 1:
             raise ConfigError(f"model.state_dim={self.state_dim} is not positive; allowed: 1 and above.")
-        if not self.theta > 0:
+        if not 0 < self.theta < math.inf:
             raise ConfigError(f"model.theta={self.theta} is no window; allowed: above 0, in tokens.")
         choose(ACTIVATIONS, self.activation, "model.activation")
         check_implementation(self.implementation)

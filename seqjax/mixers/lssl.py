@@ -22,6 +22,8 @@ class LSSL(ContinuousMixer):
     """Linear state-space layer (Gu et al. 2021): `x' = A x + B u`, generalised bilinear transform, `y = C x + D u`.
 
     The parallel face convolves with `C A^l B` from Krylov vectors by doubling; the carried one steps the dense recurrence.
+    Each call solves a small dense system per feature: on CPU set OPENBLAS_NUM_THREADS=1, as the entry points do, for
+    OpenBLAS's threads and XLA's can take a thousand times as long against one another.
 
     Attributes:
       measure: of the HiPPO matrix that A starts as: "legs", "legt" or "lagt".

@@ -46,18 +46,6 @@ class Layer(nn.Module):
         return x, (None if state is None else tuple(states), tuple(given))
 
 
-class One(Layer):
-    @nn.compact
-    def __call__(self, x, state, skips, runs, train):
-        first = lambda t: jax.tree.map(lambda a: a[0], t)
-        x, out = (
-            Layer.__call__.__wrapped__(self, x, first(state), first(skips), runs, train)
-            if hasattr(Layer.__call__, "__wrapped__")
-            else super().__call__(x, first(state), first(skips), runs, train)
-        )
-        return x, jax.tree.map(lambda a: a[None], out)
-
-
 class TierState(NamedTuple):
     """What one sampling rate and the coarser ones carry; the last four are None where there is nothing such.
 
@@ -111,8 +99,8 @@ class Tier(nn.Module):
         self.up = Dense(self.pooling[0] * width, ("embed", "mlp"), kernel_init=up_init, **types)
 
     def _stack(self) -> nn.Module:
-        if self.num_layers == 1:
-            return One(self.sublayers, self.frame, self.dropout)
+        if self.num_layers == 1:  # a loop of one takes longer to compile than no loop
+            return Layer(self.sublayers, self.frame, self.dropout)
         scanned = nn.scan(
             Layer,
             variable_axes={"params": 0, "losses": 0},
@@ -122,6 +110,14 @@ class Tier(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         return scanned(self.sublayers, self.frame, self.dropout)
+
+    def _run(self, stack: nn.Module, x: Array, state: State, skips: tuple | None, *rest: Any) -> tuple[Array, tuple]:
+        """All layers; states, skips and what sub-layers were given lead with the layer."""
+        if self.num_layers > 1:
+            return stack(x, state, skips, *rest)
+        state, skips = jax.tree.map(lambda a: a[0], (state, skips))
+        x, out = stack(x, state, skips, *rest)
+        return x, jax.tree.map(lambda a: a[None], out)
 
     @nn.nowrap
     def _coarser(self, **where: Any) -> Tier:
@@ -138,7 +134,7 @@ class Tier(nn.Module):
         old = TierState(None) if state is None else state
         if self.pooling:
             if self.unet:
-                x, (down_state, given) = self.down_layers(x, old.down_layers, None, runs, train)
+                x, (down_state, given) = self._run(self.down_layers, x, old.down_layers, None, runs, train)
                 skips = jax.tree.map(lambda a: jnp.flip(a, 0), given[::-1])
                 after["down_layers"] = down_state
             if state is None:
@@ -146,7 +142,7 @@ class Tier(nn.Module):
             else:
                 up, pooled = self._over_one_token(x, state, places, train)
                 x, after = x + up, after | pooled
-        y, (layers, _) = self.layers(x, old.layers, skips, runs, train)
+        y, (layers, _) = self._run(self.layers, x, old.layers, skips, runs, train)
         y = y if skips is not None else x + y
         return y, None if state is None else TierState(layers, **after)
 
@@ -183,8 +179,9 @@ class Tier(nn.Module):
             y, coarse = tier.coarse(tier.down(fold(whole)), old[1], (runs, positions // factor), train)
             return _chosen(ended, unfold(tier.up(y), factor)[:, 0], old[0]), _chosen_state(ended, coarse, old[1])
 
-        rest = lambda tier, old: old
-        held, coarse = nn.cond(jnp.any(ended), advance, rest, self, (state.held, state.coarse))
+        # Rematerialised, the branch keeps nothing for the backward pass that the other one would have to make up.
+        advance = nn.remat(advance, prevent_cse=False)
+        held, coarse = nn.cond(jnp.any(ended), advance, lambda tier, old: old, self, (state.held, state.coarse))
         return up, {"group": group, "held": held, "coarse": coarse}
 
     @nn.nowrap
@@ -335,8 +332,13 @@ def _token_by_token(
         y, state = tiers(x, state, tuple(places), train)
         return state, y[:, 0]
 
-    axes = {"in_axes": 1, "out_axes": 1}
-    scanned = nn.scan(step, variable_broadcast="params", split_rngs={"params": False, "dropout": True}, **axes)
+    scanned = nn.scan(
+        nn.remat(step, prevent_cse=False),  # the backward pass keeps states alone
+        variable_broadcast="params",
+        split_rngs={"params": False, "dropout": True},
+        in_axes=1,
+        out_axes=1,
+    )
     state, y = scanned(tiers, state, (x, *places))
     return y, state
 

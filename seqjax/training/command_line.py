@@ -44,6 +44,8 @@ def run(main: Callable[[], int | None], argv: Sequence[str] | None = None) -> in
     command line. 130: interrupted before there was anything to save.
     """
     argv = list(sys.argv if argv is None else argv)
+    # Read when SciPy loads, below: OpenBLAS's threads beside XLA's make small solves up to a thousand times as slow.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what is meant: a reader opens a run's folder to read
     try:
         if _asks_for_help(argv):

@@ -1,6 +1,6 @@
-"""Electricity transformer temperature, 336 hours to the next 96: SpaceTime, one model for every channel, forecasting in closed loop.
+"""Electricity transformer temperature, 336 hours to the next 96, by SpaceTime in closed loop, one model for every channel.
 
-Give the folder of ETTh1.csv with `--config.data.manual_dir=...`, and `--config.data.dataset=ETTh2` for the other transformer.
+Give the folder of ETTh1.csv with `--config.data.manual_dir=...`; ETTh2 by `--config.data.dataset=ETTh2`.
 `experiments/evaluate.py --split=test` gives the test error.
 """
 

@@ -44,8 +44,10 @@ def report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     runs = [read_records(workdir / "metrics.jsonl") for workdir in workdirs]
     task = make_task(complete(configs[0]))
     varied = sorted({key for config in configs for key in differing_keys(configs[0], config)})
+    if "model.name" in varied:  # architectures have options of their own; their names tell them apart
+        varied = [key for key in varied if not key.startswith("model.")] + ["model.name"]
     rows = [
-        {**{key: flatten(config)[key] for key in varied}, **_final(run, workdir)}
+        {**{key: flatten(config).get(key) for key in varied}, **_final(run, workdir)}
         for config, run, workdir in zip(configs, runs, workdirs)
     ]
     summary = {"unit": task.loss_unit, "runs": len(rows), "baselines": task.baselines()}

@@ -4,8 +4,6 @@ from seqjax.ops.attention import attended_pairs, flash_attention
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
-from seqjax.ops.hippo import hippo
-from seqjax.ops.recurrence import recurrence
 from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLowRankSystem, DiagonalSystem
@@ -26,11 +24,9 @@ __all__ = [
     "discretize_dense",
     "discretize_diagonal",
     "flash_attention",
-    "hippo",
     "linear_scan",
     "long_convolution",
     "prefix_scan",
-    "recurrence",
     "segments",
     "short_convolution",
 ]

@@ -259,13 +259,14 @@ def test_slower_rates_run_only_when_a_group_is_whole():
 
 
 def test_dropout_is_on_in_training_alone():
-    model = leaky(dropout=0.5)
+    model = leaky(dropout=0.5, pooling=(2,), layers_per_tier=1)
     tokens = jnp.arange(14).reshape(2, 7)
     variables = noisy(model, tokens)
     apply = jax.jit(model.apply, static_argnames="train")
-    call = lambda train, state=None, seed=1: apply(
-        variables, tokens, state, train=train, rngs={"dropout": jax.random.key(seed)}
-    )[0]
+
+    def call(train, state=None, seed=1):
+        return apply(variables, tokens, state, train=train, rngs={"dropout": jax.random.key(seed)})[0]
+
     state = model.init_state(2, 7)
     np.testing.assert_allclose(call(False), call(False, state), atol=1e-5)
     for given in (None, state):

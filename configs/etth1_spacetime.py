@@ -12,10 +12,11 @@ def get_config():
         model={
             "name": "spacetime",
             "embed_dim": 32,
+            "norm": "none",
             "num_layers": 1,
             "state_dim": 32,
             "head": "closed_loop",
-            "series_norm": "last",
+            "series_norm": "mean",
             "channel_independent": True,
         },
         data={"name": "forecasting", "dataset": "ETTh1", "lookback": 336, "horizon": 96, "batch_size": 8},

@@ -40,7 +40,11 @@ MIXER_VARIANTS = {
         {"state_dim": 8, "blocks": 2, "gate": "half_glu2", "implementation": "chunked", "discretization": "bilinear"},
         {"state_dim": 8, "causal": False, "implementation": "associative"},
     ],
-    "spacetime": [{"state_dim": 5, "implementation": "convolution", "channels": 2}],
+    "spacetime": [
+        {"state_dim": 5, "implementation": "convolution", "num_kernels": 4, "channels": 2},
+        {"state_dim": 2, "preprocess": True},
+        {"state_dim": 4, "causal": False},
+    ],
 }
 """Options beside the defaults under which a mixer is held to the contract as well."""
 

@@ -165,7 +165,7 @@ class ClosedLoopHead(Head):
 
     @nn.nowrap
     def flops(self, embed_dim: int, length: int) -> int:
-        reading, rolling = (2 + 2) * length, (7 + 2) * self.horizon
+        reading, rolling = (2 + 2) * length, (6 + 2) * self.horizon  # powers, and what they do to one row
         return self.state_dim * embed_dim * (reading + rolling) + self.horizon * super().flops(embed_dim, length)
 
 

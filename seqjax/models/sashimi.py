@@ -423,7 +423,7 @@ def _options(given: Mapping[str, Any]) -> dict[str, Option]:
     return {**routed, **options_of(Sashimi, exclude=("layer",)), "mixer": Option(str, "s4")}
 
 
-EXAMPLE = {"vocab_size": 64, "embed_dim": 8, "pooling": (2, 2), "layers_per_tier": 1, "state_dim": 4}
+EXAMPLE = {"vocab_size": 64, "embed_dim": 8, "pooling": (2,), "layers_per_tier": 1, "state_dim": 4}
 
 
 @register_architecture("sashimi", example=EXAMPLE, options=_options)

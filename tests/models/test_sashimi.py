@@ -77,7 +77,7 @@ def leaky(**options):
 
 
 def build(**options):
-    return seqjax.build({**seqjax.example_config("sashimi").to_dict(), "residual_init": 1.0, **options})
+    return seqjax.build({**seqjax.example_config("sashimi").to_dict(), "pooling": (2, 2), "residual_init": 1.0, **options})
 
 
 def noisy(model, inputs, dtype=np.float32):

@@ -92,3 +92,13 @@ def test_every_config_is_in_the_readme_and_builds():
         model = seqjax.build(config)
         outputs = jax.eval_shape(lambda key, x, model=model: model.init_with_output(key, x)[0][0], jax.random.key(0), inputs)
         assert outputs.shape == wanted
+
+
+@pytest.mark.parametrize("data", ["smnist", "pmnist", "scifar"])
+def test_sequential_images_has_a_config_for_every_mixer(data):
+    scope: dict = {}
+    exec((ROOT / "configs/sequential_images.py").read_text(), scope)
+    for mixer in scope["MODELS"]:
+        config = scope["get_config"](f"{mixer},{data}")
+        assert config.model.name == mixer and config.data.dataset == scope["DATA"][data]["dataset"]
+        seqjax.build({**config.model.to_dict(), "input_dim": 1, "head": "classifier", "num_classes": 10})

@@ -15,6 +15,8 @@ from seqjax.ops.hippo import diagonal_init, diagonal_plus_low_rank
 from seqjax.ops.state_space import DiagonalSystem
 from seqjax.registry import register_mixer
 
+SMALLEST_DECAY = 1e-15
+
 
 def log_decay(a: Pair, dt: Array, method: str) -> tuple[Pair, Pair]:
     """Logarithm of the discrete decay, and the gain, of modes `a [N, D]` with steps `dt [D]`."""
@@ -22,7 +24,9 @@ def log_decay(a: Pair, dt: Array, method: str) -> tuple[Pair, Pair]:
     if method == "zoh":
         return scale(a, dt), gain
     size = decay.real**2 + decay.imag**2
-    return Pair(0.5 * jnp.log(size), jnp.arctan2(decay.imag, decay.real)), gain
+    gone = size < SMALLEST_DECAY**2  # a step of dt a = -2 forgets everything, and nothing has no logarithm
+    real, imag = jnp.where(gone, SMALLEST_DECAY, decay.real), jnp.where(gone, 0, decay.imag)
+    return Pair(0.5 * jnp.log(real**2 + imag**2), jnp.arctan2(imag, real)), gain
 
 
 @register_mixer("s4d")

@@ -16,7 +16,7 @@ from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import make_norm, norm_parameters
 from seqjax.mixers.base import Costs, State
 from seqjax.models.base import Model
-from seqjax.models.sequence_model import Block, Frame, Residual, SequenceModel, _stack_options, _sublayer
+from seqjax.models.sequence_model import Block, Frame, Residual, SequenceModel, make_sublayer, stack_options
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.registry import register_architecture
 
@@ -418,7 +418,7 @@ def _pattern(options: Mapping[str, Any]) -> tuple:
 
 def _options(given: Mapping[str, Any]) -> dict[str, Option]:
     """Every key that a config may set: the model's, and those of its mixers."""
-    of_mixers = _stack_options(_pattern(given), {"mlp_ratio": 2.0}, {})
+    of_mixers = stack_options(_pattern(given), {"mlp_ratio": 2.0}, {})
     routed = {key: option for key, option in of_mixers.items() if key not in options_of(SequenceModel)}
     return {**routed, **options_of(Sashimi, exclude=("layer",)), "mixer": Option(str, "s4")}
 
@@ -429,7 +429,7 @@ EXAMPLE = {"vocab_size": 64, "embed_dim": 8, "pooling": (2,), "layers_per_tier":
 @register_architecture("sashimi", example=EXAMPLE, options=_options)
 def _make(mixer: str, **options: Any) -> Sashimi:
     """A `Sashimi` whose flat options reach every mixer that has them."""
-    layer = tuple(_sublayer(entry, options) for entry in _pattern({"mixer": mixer, **options}))
+    layer = tuple(make_sublayer(entry, options) for entry in _pattern({"mixer": mixer, **options}))
     model = Sashimi(layer=layer, **{key: value for key, value in options.items() if key in options_of(Sashimi)})
     tier = model.make_tiers(parent=None)
     while True:  # the mixers' own checks at each width, before anything is compiled

@@ -294,13 +294,13 @@ def register_stack(name: str, *, pattern: tuple, defaults: Mapping[str, Any] | N
       defaults: options whose default differs from `SequenceModel`'s or the mixer's.
       registration: `example` and abilities, see `registry.Architecture`.
     """
-    options = partial(_stack_options, pattern, dict(defaults or {}))
+    options = partial(stack_options, pattern, dict(defaults or {}))
     registry.register_architecture(name, options=options, **registration)(_make_stack)
 
 
 def _make_stack(pattern: tuple, **options: Any) -> SequenceModel:
     """A `SequenceModel` whose flat options reach every mixer that has them."""
-    blocks = tuple(tuple(_sublayer(entry, options) for entry in block) for block in _blocks(pattern))
+    blocks = tuple(tuple(make_sublayer(entry, options) for entry in block) for block in _blocks(pattern))
     of_model = {key: value for key, value in options.items() if key in options_of(SequenceModel)}
     model = SequenceModel(pattern=blocks, **of_model)
     for sublayer in model.unit:
@@ -308,7 +308,7 @@ def _make_stack(pattern: tuple, **options: Any) -> SequenceModel:
     return model
 
 
-def _sublayer(entry: str | Mapping, options: Mapping[str, Any]) -> SubLayer:
+def make_sublayer(entry: str | Mapping, options: Mapping[str, Any]) -> SubLayer:
     """A pattern's entry; `options` reach it where it has them, and the entry's own win."""
     own = {} if isinstance(entry, str) else dict(entry)
     name = own.pop("name", entry)
@@ -328,7 +328,7 @@ def _blocks(pattern: Any) -> tuple[tuple, ...]:
     return tuple(tuple(block) for block in pattern) if nested else (tuple(pattern),)
 
 
-def _stack_options(pattern: tuple, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Option]:
+def stack_options(pattern: tuple, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Option]:
     """Every key that a stack's config may set: the model's, and those of the mixers in its pattern."""
     allowed = {**options_of(SequenceModel), "pattern": Option(tuple, pattern)}
     for entry in (e for block in _blocks(given.get("pattern", pattern)) for e in block):

@@ -382,3 +382,19 @@ def test_time_scales_train_apart(name):
         apart = key not in ("c", "c_real", "c_imag", "w_real", "w_imag")
         assert settings.learning_rate == (0.01 if apart else 0.1), key
         assert settings.weight_decay == (0.0 if apart else 0.2), key
+
+
+def test_a_mode_that_forgets_everything_in_a_step_stays_finite():
+    """Bilinear steps with `dt a = -2` have a decay of exactly 0: its kernel is the first lag, and gradients are finite."""
+    options = {"a_init": "real", "discretization": "bilinear", "dt_min": 2.0, "dt_max": 2.0, "state_dim": 2}
+    mixer = registry.mixer("s4d")(embed_dim=4, activation="identity", output="none", implementation="convolution", **options)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 40, 4)), jnp.float32)
+    variables = nn.unbox(mixer.init(jax.random.key(0), x))
+    gradient = jax.grad(lambda v: mixer.apply(v, x)[0].sum())(variables)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    p = variables["params"]
+    c, state, wanted = np.asarray(p["c_real"])[0], np.zeros((2, 4)), []
+    for now in np.asarray(x)[0]:  # modes -1 and -2: decays 0 and -1/3, gains 1 and 2/3
+        state = np.array([[0.0], [-1 / 3]]) * state + np.array([[1.0], [2 / 3]]) * now
+        wanted.append((c * state).sum(0) + np.asarray(p["skip"])[0] * now)
+    assert np.abs(np.asarray(mixer.apply(variables, x)[0][0]) - np.array(wanted)).max() < 1e-5

@@ -18,3 +18,13 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # The shapes and dtypes that signatures promise are checked at run time, in tests only.
 install_import_hook(["seqjax.ops", "seqjax.layers", "seqjax.models.heads", "seqjax.generation"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Compiled programs hold memory maps, of which a process may have 65,530: the whole suite's are more, and XLA crashes."""
+    yield
+    jax.clear_caches()

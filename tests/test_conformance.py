@@ -3,6 +3,7 @@
 import time
 
 import hypothesis
+import jax
 import pytest
 from hypothesis import strategies as st
 
@@ -59,6 +60,8 @@ MODEL_VARIANTS = {
 }
 
 SPENT: dict[str, float] = {}
+LAST: list[str] = []
+"""The label of the subject that this process checked last."""
 
 
 def make_subject(kind: str, name: str, options: dict) -> testing.Subject:
@@ -97,11 +100,20 @@ def warm_process():
     testing.check_mixer(registry.mixer("mlp")(embed_dim=4))
 
 
+@pytest.fixture
+def subject(label):
+    """The module under test; what was compiled for the one before is forgotten (see `conftest.forget_programs`)."""
+    if LAST and LAST[-1] != label:
+        jax.clear_caches()
+    LAST[:] = [label]
+    return SUBJECTS[label]
+
+
 @pytest.mark.parametrize(("label", "check"), CASES)
-def test_keeps_its_promises(label, check):
+def test_keeps_its_promises(label, check, subject):
     start = time.process_time()
     try:
-        check(SUBJECTS[label])
+        check(subject)
     finally:
         SPENT[label] = SPENT.get(label, 0.0) + time.process_time() - start
     within = not label.endswith("-0") or SPENT[label] < CPU_SECONDS

@@ -62,6 +62,7 @@ def test_build_takes_the_model_section_of_an_experiment():
         ({"window": 0}, ["model.window=0"]),
         ({"pattern": ("atention", "mlp")}, ["'atention'", "did you mean 'attention'?"]),
         ({"pattern": ()}, ["model.pattern=()"]),
+        ({"pattern": ("s4",)}, ["model.pattern=('s4',)", "model.name='s4'", "('attention', 'mlp')"]),
         ({"pattern": ({"name": "attention", "windw": 3}, "mlp")}, ["windw", "did you mean 'window'?"]),
         ({"mlp_ratio": 0.0}, ["model.mlp_ratio=0.0"]),
     ],

@@ -57,17 +57,18 @@ def _faces(name: str, batch: int, length: int, args: argparse.Namespace) -> tupl
     timings = time_side_by_side(functions | {"call per token": by_token}, args.rounds)
     measured = timings["call per token"].seconds
     timings["call per token"] = Timing(tuple(seconds * length / tokens for seconds in measured))
-    default = jax.make_jaxpr(make().apply)(variables, x)
-    return timings, "convolution" if " fft[" in str(default) else "scan"
+    default = jax.jit(make().apply).lower(variables, x).as_text()
+    return timings, "convolution" if "fft" in default else "scan"
 
 
 def decode(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     """Time per generated token against the length of the context: carried states, a key-value cache, convolving again."""
     models = {name: _model(name, args) for name in ("s4", "s4d", "transformer")}
+    again = {name: (_build(name, args, implementation="convolution"), models[name][1]) for name in ("s4", "s4d")}
     rows = []
     for length in args.lengths:
         functions = {WAYS[name, True]: _carried(*model, length, args.tokens) for name, model in models.items()}
-        functions |= {WAYS[name, False]: _again(*models[name], length, args.again) for name in ("s4", "s4d")}
+        functions |= {WAYS[name, False]: _again(*again[name], length, args.again) for name in ("s4", "s4d")}
         steps = {way: args.tokens if carried else args.again for (_, carried), way in WAYS.items()}
         for way, timing in time_side_by_side(functions, args.rounds).items():
             per_token = Timing(tuple(s / steps[way] for s in timing.seconds))
@@ -89,9 +90,14 @@ WAYS = {
 
 
 def _model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
-    own = {"num_heads": args.heads} if name == "transformer" else {"state_dim": args.state}
-    model = seqjax.build({"name": name, "vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers, **own})
+    model = _build(name, args)
     return model, jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def _build(name: str, args: argparse.Namespace, **options: str) -> Any:
+    own = {"num_heads": args.heads} if name == "transformer" else {"state_dim": args.state}
+    sizes = {"vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers}
+    return seqjax.build({"name": name, **sizes, **own, **options})
 
 
 def _carried(model: Any, variables: Any, length: int, tokens: int) -> Any:

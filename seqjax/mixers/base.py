@@ -11,6 +11,7 @@ mixer to it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -69,6 +70,8 @@ class Mixer(nn.Module):
     """Whether the causal form continues from a state."""
     segments: ClassVar[bool] = True
     """Whether `segment_ids` are honoured."""
+    derives: ClassVar[bool] = False
+    """Whether it makes constants of its parameters by `derived`, which `Model.prepare` can keep."""
     optimizer_groups: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
 
@@ -87,6 +90,16 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Array, "B L D"], State | None]:
         """Mix `x`; with a `state`, continue from it and return the next one (None otherwise)."""
         raise NotImplementedError
+
+    def derived(self, name: str, make: Callable[[], Any]) -> Any:
+        """`make()`, arrays that depend on the parameters alone; or the same as `Model.prepare` kept it among the variables, so
+        that decoding does not make them again at every token."""
+        if self.has_variable("derived", name):
+            return self.get_variable("derived", name)
+        value = make()
+        if not self.is_initializing() and self.is_mutable_collection("derived"):
+            self.put_variable("derived", name, value)
+        return value
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> State:

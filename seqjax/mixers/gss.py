@@ -41,6 +41,7 @@ class GSS(Mixer):
     expand: int = 4
     implementation: str | None = None
 
+    derives = True
     optimizer_groups = (("/(lambda_real|lambda_imag)$", "state_space"),)
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class GSS(Mixer):
         gate = jax.nn.gelu(self._dense("gate", self.expand * self.embed_dim, ("embed", "mlp"))(x))
         v = jax.nn.gelu(self._dense("down", self.inner, ("embed", None))(x))
         v = LayerNorm(dtype=self.wide, param_dtype=self.param_dtype, name="norm")(v)
-        y, state = apply_system(self._system(), v, state, segment_ids, implementation=self.implementation)
+        y, state = apply_system(self.derived("system", self._system), v, state, segment_ids, implementation=self.implementation)
         skip = self._parameter("skip", nn.initializers.normal(1.0), (self.inner,), (None,))
         y = (y[:, :, 0] + skip * v).astype(self.dtype)
         mixed = gate * self._dense("up", self.expand * self.embed_dim, (None, "mlp"))(y)

@@ -54,6 +54,7 @@ class S5(Mixer):
     implementation: str | None = None
 
     bidirectional = True
+    derives = True
     optimizer_groups = (("/(lambda_real|lambda_imag|b_real|b_imag|log_dt)$", "state_space"),)
 
     def __post_init__(self) -> None:
@@ -93,7 +94,8 @@ class S5(Mixer):
         found, after = segments(segment_ids, before, x.shape[1])
         starts = None if segment_ids is None else found.starts
         u = x.astype(self.wide)
-        decay, driven, outputs = self._system(u)
+        decay, inputs, outputs = self.derived("system", self._system)
+        driven = Pair(u @ inputs.real.T, u @ inputs.imag.T)
         options = {"starts": starts, "implementation": self.implementation}
         states, last = linear_scan(decay, driven, None if state is None else state.system, **options)
         if not self.causal:  # a second scan over the same inputs, from the end; position t is in both
@@ -103,8 +105,8 @@ class S5(Mixer):
         y = 2 * (states.real @ outputs.real - states.imag @ outputs.imag) + skip * u
         return self._gated(y.astype(self.dtype)), None if state is None else StateSpaceState(system=last, segment=after)
 
-    def _system(self, u: Float[Array, "B L D"]) -> tuple[Pair, Pair, Pair]:
-        """Discrete decay `[P]`, driven inputs `B u` `[B, L, P]`, output weights `[P, D]` (twice P if bidirectional)."""
+    def _system(self) -> tuple[Pair, Pair, Pair]:
+        """Discrete decay `[P]`, input weights `[P, D]`, output weights `[P, D]` (twice P if bidirectional)."""
         start, vectors, inverse = block_diagonal_legs(self.state_dim, self.blocks)
         fixed = lambda values: lambda key, shape, dtype: jnp.asarray(values, dtype)
         a_real = self._parameter("lambda_real", fixed(start.real), (self.modes,), ("state",))
@@ -133,7 +135,7 @@ class S5(Mixer):
         sides = 1 if self.causal else 2
         c = self._pair("c", rotated_outputs, (sides * self.modes, self.embed_dim), ("state", "embed"))
         b = product(Pair(gain.real[:, None], gain.imag[:, None]), b)
-        return decay, Pair(u @ b.real.T, u @ b.imag.T), c
+        return decay, b, c
 
     def _gated(self, y: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         z = jax.nn.gelu(y)

@@ -25,7 +25,9 @@ IMPLEMENTATIONS = ("convolution", "scan")
 OUTPUTS = {"glu": 2, "linear": 1, "none": 0}
 """What `output` may say, and how many maps of width D it takes."""
 SCAN_UP_TO = 32
-"""The longest sequence that None scans: below it, a convolution's set-up costs more than the steps."""
+"""The longest sequence that an accelerator scans by default: below it, a convolution's set-up costs more than the steps."""
+TRANSFORM_TIME = 0.6
+"""Nanoseconds on a CPU of a Fourier transform, per feature, token and doubling of its size; see `ops.state_space.Times`."""
 
 
 @chex.dataclass(frozen=True)
@@ -56,6 +58,7 @@ class StateSpaceMixer(Mixer):
     implementation: str | None = None
 
     bidirectional = True
+    derives = True
     even_state = True
     """Whether states come in conjugate pairs."""
 
@@ -116,7 +119,7 @@ class StateSpaceMixer(Mixer):
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
         if state is not None and not self.causal:
             self.refuse_state()
-        system, u = self.system(), x.astype(self.wide)
+        system, u = self.derived("system", self.system), x.astype(self.wide)
         how = {"causal": self.causal, "implementation": self.implementation}
         y, state = apply_system(system, u, state, segment_ids, **how)
         skip = self.vector("skip", nn.initializers.normal(1.0), (self.channels, self.embed_dim), ("channels", "embed"))
@@ -241,13 +244,20 @@ def run_system(
       ConfigError: segments in a convolution that sees both sides.
     """
     length, packed = u.shape[1], found is not None
-    scan = functools.partial(_scan, system, causal)
-    how = implementation or ("scan" if length <= SCAN_UP_TO or (packed and not causal) else None)
-    if how == "scan":
-        return scan(u, found)
-    if how is None and packed:  # on CPU the segments' divide and conquer costs more than the loop
-        return jax.lax.platform_dependent(u, found, cpu=scan, default=functools.partial(_convolve, system, causal))
-    return _convolve(system, causal, u, found)
+    ways = {"scan": functools.partial(_scan, system, causal), "convolution": functools.partial(_convolve, system, causal)}
+    elsewhere = "scan" if length <= SCAN_UP_TO or (packed and not causal) else "convolution"
+    # On CPU the divide and conquer over segments costs more than the loop.
+    on_cpu = "scan" if packed or _scans_faster_on_cpu(system, *u.shape, causal) else "convolution"
+    if implementation or on_cpu == elsewhere:
+        return ways[implementation or elsewhere](u, found)
+    return jax.lax.platform_dependent(u, found, cpu=ways[on_cpu], default=ways[elsewhere])
+
+
+def _scans_faster_on_cpu(system: StateSpaceSystem, batch_size: int, length: int, width: int, causal: bool) -> bool:
+    times = system.times()
+    transforms = (2 + times.outputs) * TRANSFORM_TIME * math.log2(2 * length)
+    scan = batch_size * length * width * times.step * (1 if causal else 2)
+    return scan < times.setup + length * width * (times.lag + batch_size * transforms)
 
 
 def _convolve(system: StateSpaceSystem, causal: bool, u: Array, found: Segments | None) -> Array:

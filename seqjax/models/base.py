@@ -12,7 +12,7 @@ from seqjax.config import ConfigError, allowed_values, choose
 from seqjax.layers.dense import Dense
 from seqjax.layers.embedding import PositionTable, TokenEmbedding
 from seqjax.layers.positions import POSITIONS, sinusoids
-from seqjax.mixers.base import Costs, State
+from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.heads import HEADS, Head, check_pool
 
 
@@ -149,14 +149,26 @@ class Model(nn.Module):
         return Costs(parameters=parameters, flops=flops + head.flops(self.embed_dim, length))
 
     @nn.nowrap
-    def optimizer_groups(self) -> tuple[tuple[str, str], ...]:
-        """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
+    def mixers(self) -> tuple[type[Mixer], ...]:
+        """The kinds of mixer in the body."""
         return ()
 
     @nn.nowrap
+    def optimizer_groups(self) -> tuple[tuple[str, str], ...]:
+        """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
+        return tuple(dict.fromkeys(group for mixer in self.mixers() for group in mixer.optimizer_groups))
+
+    @nn.nowrap
     def prepare(self, variables: Any) -> Any:
-        """Variables with constants derived from them (a discretised matrix, say); `generate` calls it once."""
-        return variables
+        """Variables with constants derived from them (a discretised system, say) in the collection "derived".
+
+        `generate` calls it once, so that no token makes them again. They are wrong for other parameters.
+        """
+        if not any(mixer.derives for mixer in self.mixers()):
+            return variables
+        token = jnp.zeros((1, 1), jnp.int32) if self.input_dim is None else jnp.zeros((1, 1, self.input_dim))
+        _, made = self.apply(variables, token, mutable=["derived"])
+        return {**variables, **made}
 
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

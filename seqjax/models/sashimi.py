@@ -103,7 +103,7 @@ class Tier(nn.Module):
             return Layer(self.sublayers, self.frame, self.dropout)
         scanned = nn.scan(
             Layer,
-            variable_axes={"params": 0, "losses": 0},
+            variable_axes={"params": 0, "losses": 0, "derived": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast, nn.broadcast),
             length=self.num_layers,
@@ -317,8 +317,8 @@ class Sashimi(Model):
         return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)
 
     @nn.nowrap
-    def optimizer_groups(self) -> tuple[tuple[str, str], ...]:
-        return tuple(dict.fromkeys(group for s in self.layer for group in s.mixer.optimizer_groups))
+    def mixers(self) -> tuple[type[Mixer], ...]:
+        return tuple(s.mixer for s in self.layer)
 
 
 def _token_by_token(
@@ -334,7 +334,7 @@ def _token_by_token(
 
     scanned = nn.scan(
         nn.remat(step, prevent_cse=False),  # the backward pass keeps states alone
-        variable_broadcast="params",
+        variable_broadcast=("params", "derived"),
         split_rngs={"params": False, "dropout": True},
         in_axes=1,
         out_axes=1,

@@ -216,7 +216,7 @@ class SequenceModel(Model):
         if self.repeats:
             scanned = nn.scan(
                 layer,
-                variable_axes={"params": 0, "batch_stats": 0, "losses": 0},
+                variable_axes={"params": 0, "batch_stats": 0, "losses": 0, "derived": 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(0, 0, nn.broadcast, nn.broadcast),
                 out_axes=0,
@@ -280,8 +280,8 @@ class SequenceModel(Model):
         return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)
 
     @nn.nowrap
-    def optimizer_groups(self) -> tuple[tuple[str, str], ...]:
-        return tuple(dict.fromkeys(group for s in self.unit for group in s.mixer.optimizer_groups))
+    def mixers(self) -> tuple[type[Mixer], ...]:
+        return tuple(s.mixer for s in self.unit)
 
 
 def register_stack(name: str, *, pattern: tuple, defaults: Mapping[str, Any] | None = None, **registration: Any) -> None:
@@ -294,6 +294,7 @@ def register_stack(name: str, *, pattern: tuple, defaults: Mapping[str, Any] | N
       defaults: options whose default differs from `SequenceModel`'s or the mixer's.
       registration: `example` and abilities, see `registry.Architecture`.
     """
+    _PATTERNS[name] = _blocks(pattern)
     options = partial(stack_options, pattern, dict(defaults or {}))
     registry.register_architecture(name, options=options, **registration)(_make_stack)
 
@@ -328,10 +329,25 @@ def _blocks(pattern: Any) -> tuple[tuple, ...]:
     return tuple(tuple(block) for block in pattern) if nested else (tuple(pattern),)
 
 
+_PATTERNS: dict[str, tuple[tuple, ...]] = {}
+"""Of the registered stacks."""
+
+
 def stack_options(pattern: tuple, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Option]:
-    """Every key that a stack's config may set: the model's, and those of the mixers in its pattern."""
+    """Every key that a stack's config may set: the model's, and those of the mixers in its pattern.
+
+    Raises:
+      ConfigError: the given pattern is that of another registered stack, as after an override of the name alone.
+    """
+    blocks = _blocks(given.get("pattern", pattern))
+    owner = next((name for name, other in _PATTERNS.items() if other == blocks), None)
+    if owner is not None and blocks != _blocks(pattern):
+        raise ConfigError(
+            f"model.pattern={given['pattern']!r} is that of model.name={owner!r}; an override of the name alone keeps it. "
+            f"Allowed here: model.pattern={pattern!r}, or a pattern that no name stands for."
+        )
     allowed = {**options_of(SequenceModel), "pattern": Option(tuple, pattern)}
-    for entry in (e for block in _blocks(given.get("pattern", pattern)) for e in block):
+    for entry in (e for block in blocks for e in block):
         cls = registry.mixer(entry if isinstance(entry, str) else entry.get("name"))
         for key, option in options_of(cls, exclude=options_of(SequenceModel)).items():
             known = allowed.get(key, option)

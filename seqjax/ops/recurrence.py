@@ -43,7 +43,8 @@ def recurrence(
       inputs: float arrays `[B, L, ...]`; a step gets `[B, ...]`.
       starts: where a segment starts: the state is zero before that step.
       reverse: run from the last token to the first; the state then resets after the last token of a segment.
-      chunk_size: steps between kept states; default near the square root of the length, which keeps least.
+      chunk_size: steps between kept states; default near half the square root of the length. The root itself keeps least,
+        a fifth less, and is slower: the states of a chunk lie in the cache when they are needed again.
       elementwise: the step also works for constants with a leading batch axis. Their gradients are then summed over the
         batch once, not at every step: two to three times faster backward on CPU.
     Returns:
@@ -74,13 +75,13 @@ def recurrence(
 
 
 def _chunk_size(length: int) -> int:
-    """All of a short sequence; else the divisor of `length` nearest the square root within a factor of 2, or that root,
+    """All of a short sequence; else the divisor of `length` nearest half the square root within a factor of 2, or that half,
     which leaves a remainder."""
     if length <= ONE_CHUNK:
         return length
-    root = math.isqrt(length)
-    fits = [n for n in range(max(1, root // 2), 2 * root + 1) if length % n == 0]
-    return min(fits, key=lambda n: abs(n - root)) if fits else root
+    near = math.isqrt(length) // 2
+    fits = [n for n in range(max(1, near // 2), 2 * near + 1) if length % n == 0]
+    return min(fits, key=lambda n: abs(n - near)) if fits else near
 
 
 def _reset(state: Tree, start: Array | None) -> Tree:

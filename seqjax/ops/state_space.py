@@ -39,6 +39,22 @@ from seqjax.ops.recurrence import recurrence, sum_modes
 einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
 
+class Times(NamedTuple):
+    """Nanoseconds on a CPU, from `experiments/benchmark.py state_space`; they decide which form runs, so ratios matter.
+
+    Attributes:
+      setup: of the convolution, once.
+      lag: of the kernel, per feature and lag.
+      step: of the recurrence, per feature and token.
+      outputs: M, each of which is transformed back.
+    """
+
+    setup: float
+    lag: float
+    step: float
+    outputs: int
+
+
 class DiagonalSystem(NamedTuple):
     """Modes `h -> exp(log_decay) h + u`, read out as the real part of `sum_n outputs_n h_n`.
 
@@ -48,6 +64,10 @@ class DiagonalSystem(NamedTuple):
 
     log_decay: Pair  # [N, D]
     outputs: Pair  # [M, N, D]
+
+    def times(self) -> Times:
+        channels, modes, _ = self.outputs.real.shape
+        return Times(setup=3e6, lag=0.4 * modes * channels, step=(0.9 + 0.4 * channels) * modes, outputs=channels)
 
     def kernel(self, length: int) -> Float[Array, "M D L"]:
         return vandermonde_kernel(self.outputs, self.log_decay, length)
@@ -102,6 +122,11 @@ class DiagonalPlusLowRankSystem(NamedTuple):
     inputs: Pair  # B: [N, D]
     outputs: Pair  # C: [M, N, D]
     dt: Float[Array, "D"]
+
+    def times(self) -> Times:
+        (channels, modes, _), rank = self.outputs.real.shape, self.low_rank.real.shape[0]
+        lag = (1.5 + 0.8 * (channels + rank) * (1 + rank)) * modes
+        return Times(setup=3e6, lag=lag, step=(2 + 8 * rank) * modes, outputs=channels)
 
     def kernel(self, length: int) -> Float[Array, "M D L"]:
         """From the generating function `sum_l K_l z^l = C (I - z A)^(-1) B`, at nodes inside the unit circle, where it needs
@@ -269,6 +294,10 @@ class CompanionSystem(NamedTuple):
     inputs: Float[Array, "N D"]
     outputs: Float[Array, "M N D"]
 
+    def times(self) -> Times:
+        channels, order, _ = self.outputs.shape
+        return Times(setup=5e5, lag=55.0 * channels, step=4 + 0.9 * order, outputs=channels)
+
     def kernel(self, length: int) -> Float[Array, "M D L"]:
         """O(N log N + L log L): with S the shift, `c (I - z A)^(-1) b = c R b + z (c R a) (e R b) / (1 - z e R a)` where
         `R = (I - z S)^(-1)`, and `c R b` is the polynomial in z of the correlations of c and b."""
@@ -320,6 +349,10 @@ class DenseSystem(NamedTuple):
     matrix: Float[Array, "D_A N N"]
     inputs: Float[Array, "D_A N"]
     outputs: Float[Array, "M D N"]
+
+    def times(self) -> Times:
+        channels, _, order = self.outputs.shape
+        return Times(setup=5e5, lag=1.0 * order * channels, step=0.15 * order**2, outputs=channels)
 
     def kernel(self, length: int) -> Float[Array, "M D L"]:
         """Krylov vectors by doubling, lags split as `l = q T + r`: `(C A^(q T)) (A^r B)`."""

@@ -13,11 +13,15 @@ from typing import Any, ClassVar
 import numpy as np
 
 from seqjax.config import ConfigError, choose
+from seqjax.data.baselines import gzip_bits_per_byte, ngram_bits_per_byte
+from seqjax.data.corpora import Corpus
 from seqjax.data.storage import data_root, prepare_once
 from seqjax.data.task import NATS_TO_BITS, Example, Examples, Task
 from seqjax.registry import register_task
 
 VALIDATION_FRACTION = 0.1
+BASELINE_PIXELS = 8_000_000
+"""Of a split, at most, that `baselines` reads."""
 BOS_ID = 256  # before the first pixel value, of 0-255
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
@@ -171,6 +175,21 @@ class SequentialImages(Task):
         held_out = int(VALIDATION_FRACTION * len(self._train_order))
         first, last = np.split(self._train_order, [len(self._train_order) - held_out])
         return Images(self._official["train"], first if split == "train" else last, self._example)
+
+    def baselines(self) -> dict[str, float]:
+        """Of a density, bits/dim of the first validation images: compressed, and under counts of the first training images."""
+        if self.objective == "classify":
+            return {}
+        train, held_out = (self._some_pixels(split) for split in ("train", "validation"))
+        order = 2  # more context is seen too rarely in so few pixels
+        counted = ngram_bits_per_byte(train, held_out, order)
+        return {"gzip -9": gzip_bits_per_byte(held_out.tokens), f"order-{order} pixel model": counted}
+
+    def _some_pixels(self, split: str) -> Corpus:
+        images = self.examples(split)
+        count = min(len(images), BASELINE_PIXELS // self.length)
+        pixels = np.concatenate([images[i]["targets"] for i in range(count)]).astype(np.uint8)
+        return Corpus(pixels, self.length * np.arange(count + 1))
 
     def _example(self, image: np.ndarray, label: int) -> Example:
         pixels = np.asarray(image).reshape(-1, self._set.shape[-1])

@@ -1,3 +1,5 @@
+import gzip
+
 import numpy as np
 import pytest
 
@@ -46,6 +48,16 @@ def test_density_predicts_each_pixel_from_those_before(make_task):
     assert (task.vocab_size, task.num_classes, task.length, task.loss_unit) == (257, None, 784, "bits/dim")
     assert (test["inputs"][:, 0] == 256).all()
     assert np.array_equal(test["inputs"][:, 1:], test["targets"][:, :-1])
+
+
+def test_density_is_read_against_models_of_few_pixels(make_task):
+    task = make_task(objective="density")
+    pixels = np.concatenate([task.examples("validation")[i]["targets"] for i in range(len(task.examples("validation")))])
+    found = task.baselines()
+    size = 8 * len(gzip.compress(pixels.astype(np.uint8).tobytes(), 9, mtime=0)) / pixels.size
+    np.testing.assert_allclose(found["gzip -9"], size)
+    assert found["order-2 pixel model"] > 7.5  # noise: nothing to learn
+    assert make_task().baselines() == {}
 
 
 def test_permutation_is_of_pixels_and_fixed(make_task):

@@ -5,6 +5,7 @@ python experiments/benchmark.py generate --new_tokens=512
 python experiments/benchmark.py attention --rounds=20
 python experiments/benchmark.py scan --shapes 1x1024x256x16
 python experiments/benchmark.py state_space --batches 1 8 --lengths 256 4096
+python experiments/benchmark.py selective_scan --shapes 4x1024x256x16
 python experiments/benchmark.py decode --out=docs/results/state_space_decode.json
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from benchmarks.attention import attention
 from benchmarks.generation import generate
 from benchmarks.scan import scan
+from benchmarks.selective_scan import selective_scan
 from benchmarks.state_space import decode, state_space
 from benchmarks.training import loop_overhead, train_step
 
@@ -50,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")
     shapes = [(1, 1024, 256, 16), (4, 1024, 256, 16), (8, 2048, 512, 16)]
     command(scan, 5).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, D, N, such as 1x1024x256x16")
+    selective = command(selective_scan, 5, layers=4, width=256, batch=4, length=1024)
+    selective.add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, E, N, such as 1x1024x256x16")
     faces = command(state_space, 3, width=256, state=64, tokens=64)
     faces.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     faces.add_argument("--lengths", type=int, nargs="+", default=[4**n for n in range(2, 8)])

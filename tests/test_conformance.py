@@ -29,6 +29,11 @@ MIXER_VARIANTS = {
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],
     "lssl": [{"state_dim": 5, "implementation": "convolution", "learn": "none", "channels": 2}],
+    "mamba": [
+        {"state_dim": 4, "selective": ("C",), "complex_modes": True, "gate": False, "conv_bias": False, "use_bias": True},
+        {"state_dim": 3, "selective": ("dt", "B"), "implementation": "xla", "chunk_size": 4},
+        {"state_dim": 4, "causal": False},
+    ],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},
         {"state_dim": 8, "causal": False},

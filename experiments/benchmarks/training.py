@@ -48,7 +48,7 @@ def train_step(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
             "seqjax, layers scanned": seqjax.load_pretrained(folder, unroll=1),
         }
     functions = {"transformers": _torch_step(theirs, torch.tensor(tokens))}
-    functions |= {name: _jax_step(*model, batch) for name, model in ours.items()}
+    functions |= {name: train_step_of(*model, batch) for name, model in ours.items()}
     logits = jax.jit(ours["seqjax, layers unrolled"][0].apply)(ours["seqjax, layers unrolled"][1], batch["inputs"])[0]
     difference = np.abs(np.asarray(logits) - theirs(torch.tensor(tokens[:, :-1])).logits.detach().numpy()).max()
     first = {name: float(function()) for name, function in functions.items()}  # compiles, and makes the first update
@@ -76,7 +76,7 @@ def _torch_step(model: Any, tokens: Any) -> Callable[[], Any]:
     return step
 
 
-def _jax_step(model: Any, variables: Any, batch: dict[str, jax.Array]) -> Callable[[], Any]:
+def train_step_of(model: Any, variables: Any, batch: dict[str, jax.Array]) -> Callable[[], Any]:
     optimizer = optax.adamw(**ADAMW)
     update = make_train_step(model, optimizer, by_targets, learning_rate=lambda step: ADAMW["learning_rate"])
     jitted = jax.jit(update, donate_argnums=0)

@@ -18,7 +18,7 @@ from seqjax.mixers.base import Costs, Mixer
 from seqjax.mixers.feed_forward import ACTIVATIONS
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import fft_size, long_convolution
-from seqjax.ops.segments import Segments, SegmentState, segments
+from seqjax.ops.segments import Segments, SegmentState, reversed_starts, segments
 from seqjax.ops.state_space import StateSpaceSystem
 
 IMPLEMENTATIONS = ("convolution", "scan")
@@ -279,7 +279,7 @@ def _scan(system: StateSpaceSystem, causal: bool, u: Array, found: Segments | No
     forward = system._replace(outputs=jax.tree.map(lambda a: a[:half], system.outputs))
     backward = system._replace(outputs=jax.tree.map(lambda a: a[half:], system.outputs))
     y, _ = forward.scan(u, forward.init_state(u.shape[0]), starts)
-    starts = None if starts is None else jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+    starts = reversed_starts(starts)
     later, _ = backward.scan(jnp.flip(u, 1), backward.init_state(u.shape[0]), starts)
     # The state of position t + 1, seen from t: lag 0 of the backward kernel stands for the next input.
     later = jnp.pad(later[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])

@@ -20,3 +20,7 @@ register_stack("lmu", pattern=("lmu", "mlp"), defaults=SEQUENCE, example=TINY | 
 register_stack(
     "spacetime", pattern=("spacetime", "mlp"), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False)
 )
+
+RMS = SEQUENCE | {"norm": "rms"}
+
+register_stack("mamba", pattern=("mamba",), defaults=RMS, example=TINY | {"state_dim": 8}, causal=(True, False))

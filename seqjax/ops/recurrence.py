@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from seqjax.ops.segments import reversed_starts
+
 Tree = Any
 ONE_CHUNK = 32
 """Sequences up to this length are one chunk."""
@@ -52,16 +54,15 @@ def recurrence(
     """
     if reverse:
         inputs = jax.tree.map(lambda a: jnp.flip(a, 1), inputs)
-        if starts is not None:
-            starts = jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+        starts = reversed_starts(starts)
     inputs = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), inputs)
     starts = None if starts is None else jnp.swapaxes(starts, 0, 1)
     length = jax.tree.leaves(inputs)[0].shape[0]
     if length == 1:  # decoding: no loop
         start = None if starts is None else starts[0]
-        state, y = step(constants, _reset(state, start), jax.tree.map(lambda a: a[0], inputs))
+        state, y = step(constants, reset(state, start), jax.tree.map(lambda a: a[0], inputs))
         return jax.tree.map(lambda a: a[:, None], y), state
-    size = min(chunk_size or _chunk_size(length), length)
+    size = min(chunk_size or chunk_size_for(length), length)
     whole = length - length % size
     outputs = []
     for part in (slice(0, whole), slice(whole, length)):
@@ -74,7 +75,7 @@ def recurrence(
     return (jax.tree.map(lambda a: jnp.flip(a, 1), y) if reverse else y), state
 
 
-def _chunk_size(length: int) -> int:
+def chunk_size_for(length: int) -> int:
     """All of a short sequence; else the divisor of `length` nearest half the square root within a factor of 2, or that half,
     which leaves a remainder."""
     if length <= ONE_CHUNK:
@@ -84,19 +85,19 @@ def _chunk_size(length: int) -> int:
     return min(fits, key=lambda n: abs(n - near)) if fits else near
 
 
-def _reset(state: Tree, start: Array | None) -> Tree:
+def reset(state: Tree, start: Array | None) -> Tree:
     """The state a step sees: zeros for the rows whose segment starts."""
     if start is None:
         return state
     return jax.tree.map(lambda a: jnp.where(start.reshape(-1, *(1,) * (a.ndim - 1)), 0, a), state)
 
 
-def _chunked(tree: Tree, size: int) -> Tree:
+def chunked(tree: Tree, size: int) -> Tree:
     """`[L, ...]` to `[L / size, size, ...]`."""
     return jax.tree.map(lambda a: a.reshape(a.shape[0] // size, size, *a.shape[1:]), tree)
 
 
-def _joined(tree: Tree) -> Tree:
+def joined(tree: Tree) -> Tree:
     return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
 
 
@@ -107,7 +108,7 @@ class _How(NamedTuple):
     elementwise: bool
 
 
-def _scan_chunks(chunk: Callable, carry: Tree, chunks: Tree, reverse: bool = False) -> tuple[Tree, Tree]:
+def scan_chunks(chunk: Callable, carry: Tree, chunks: Tree, reverse: bool = False) -> tuple[Tree, Tree]:
     """`lax.scan`, without the loop where there is one chunk: half the time to compile."""
     if jax.tree.leaves(chunks)[0].shape[0] > 1:
         return jax.lax.scan(chunk, carry, chunks, reverse=reverse)
@@ -120,7 +121,7 @@ def _run(step: Step, how: _How, constants: Tree, state: Tree, inputs: Tree, star
     """The recurrence over time-major inputs `[L, B, ...]`, L a multiple of the chunk size."""
 
     def advance(state: Tree, x: tuple) -> tuple[Tree, Tree]:
-        return step(constants, _reset(state, x[1]), x[0])
+        return step(constants, reset(state, x[1]), x[0])
 
     state, y = jax.lax.scan(advance, state, (inputs, starts))
     return y, state
@@ -128,14 +129,14 @@ def _run(step: Step, how: _How, constants: Tree, state: Tree, inputs: Tree, star
 
 def _run_forward(step: Step, how: _How, constants: Tree, state: Tree, inputs: Tree, starts: Array | None) -> tuple:
     def advance(state: Tree, x: tuple) -> tuple[Tree, Tree]:
-        return step(constants, _reset(state, x[1]), x[0])
+        return step(constants, reset(state, x[1]), x[0])
 
     def chunk(state: Tree, xs: tuple) -> tuple[Tree, tuple]:
         after, y = jax.lax.scan(advance, state, xs)
         return after, (y, state)
 
-    last, (y, kept) = _scan_chunks(chunk, state, _chunked((inputs, starts), how.chunk_size))
-    return (_joined(y), last), (constants, kept, inputs, starts)
+    last, (y, kept) = scan_chunks(chunk, state, chunked((inputs, starts), how.chunk_size))
+    return (joined(y), last), (constants, kept, inputs, starts)
 
 
 def _run_backward(step: Step, how: _How, saved: tuple, cotangents: tuple) -> tuple:
@@ -146,12 +147,12 @@ def _run_backward(step: Step, how: _How, saved: tuple, cotangents: tuple) -> tup
     spread = jax.tree.map(per_row, constants)
 
     def advance(state: Tree, x: tuple) -> tuple[Tree, Tree]:
-        return step(constants, _reset(state, x[1]), x[0])[0], state
+        return step(constants, reset(state, x[1]), x[0])[0], state
 
     def back(carry: tuple, x: tuple) -> tuple[tuple, Tree]:
         d_state, d_constants = carry
         state, x_t, start, d_y = x
-        _, pull = jax.vjp(lambda c, s, x: step(c, _reset(s, start), x), spread, state, x_t)
+        _, pull = jax.vjp(lambda c, s, x: step(c, reset(s, start), x), spread, state, x_t)
         of_constants, d_state, d_x = pull((d_state, d_y))
         return (d_state, jax.tree.map(jnp.add, d_constants, of_constants)), d_x
 
@@ -161,11 +162,11 @@ def _run_backward(step: Step, how: _How, saved: tuple, cotangents: tuple) -> tup
         return jax.lax.scan(back, carry, (states, x, start, d_y), reverse=True)
 
     zeros = jax.tree.map(jnp.zeros_like, spread)
-    chunks = (kept, *_chunked((inputs, starts, d_outputs), how.chunk_size))
-    (d_state, d_constants), d_inputs = _scan_chunks(chunk_back, (d_last, zeros), chunks, reverse=True)
+    chunks = (kept, *chunked((inputs, starts, d_outputs), how.chunk_size))
+    (d_state, d_constants), d_inputs = scan_chunks(chunk_back, (d_last, zeros), chunks, reverse=True)
     if how.elementwise:
         d_constants = jax.tree.map(lambda a: a.sum(0), d_constants)
-    return d_constants, d_state, _joined(d_inputs), None
+    return d_constants, d_state, joined(d_inputs), None
 
 
 _run.defvjp(_run_forward, _run_backward)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqjax.ops.complex_pairs import Pair, add, conjugate, product
+from seqjax.ops.segments import reversed_starts
 
 Tree = Any
 
@@ -81,8 +82,7 @@ def prefix_scan(
         raise ValueError(f"implementation={implementation!r} of a scan is unknown; allowed: {', '.join(SCANS)}.")
     if reverse:
         elements = jax.tree.map(lambda a: jnp.flip(a, 1), elements)
-        if starts is not None:
-            starts = jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+        starts = reversed_starts(starts)
     if initial is None:
         initial = monoid.identity(jax.tree.map(lambda a: a[:, 0], elements))
     if starts is not None:
@@ -172,8 +172,7 @@ def linear_scan(
         initial = jax.tree.map(lambda a: jnp.zeros_like(a[:, 0]), inputs)
     if reverse:
         inputs = jax.tree.map(lambda a: jnp.flip(a, 1), inputs)
-        if starts is not None:
-            starts = jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+        starts = reversed_starts(starts)
     states = _linear_scan(implementation, decay, inputs, initial, starts)
     last = jax.tree.map(lambda a: a[:, -1], states)
     return (jax.tree.map(lambda a: jnp.flip(a, 1), states) if reverse else states), last

@@ -64,6 +64,11 @@ def segments(segment_ids: Int[Array, "B L"] | None, state: SegmentState, length:
     return Segments(starts, runs, positions), SegmentState(ids[:, -1], runs[:, -1], positions[:, -1] + 1)
 
 
+def reversed_starts(starts: Bool[Array, "B L"] | None) -> Bool[Array, "B L"] | None:
+    """Where segments start when tokens run from the last to the first: at the last token of each but the last segment."""
+    return None if starts is None else jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
+
+
 def _computed_once(runs: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """The same numbers. XLA for CPU fuses a running sum into every mask that reads it, and then takes it anew for every
     pair of tokens: a third of a training step. Runs are sorted already, and a sort is never fused."""

@@ -1,0 +1,1 @@
+"""Pallas kernels: `*_tpu.py` for Mosaic TPU, `*_gpu.py` for Mosaic GPU."""

@@ -20,3 +20,15 @@ register_stack("lmu", pattern=("lmu", "mlp"), defaults=SEQUENCE, example=TINY | 
 register_stack(
     "spacetime", pattern=("spacetime", "mlp"), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False)
 )
+
+RMS = SEQUENCE | {"norm": "rms"}
+
+register_stack("mamba2", pattern=("mamba2",), defaults=RMS, example=TINY | {"state_dim": 8, "head_dim": 16})
+register_stack(
+    "hydra",
+    pattern=("hydra",),
+    defaults=RMS | {"causal": False},
+    example=TINY | {"state_dim": 8, "head_dim": 16},
+    causal=(False,),
+    carries_state=False,
+)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -49,23 +51,17 @@ class Hydra(HeadwiseStateSpace):
         keys = self.num_groups * self.state_dim
         z, convolved, dt = self.map_in(x, self.inner, self.inner + 4 * keys, 2 * self.heads)
         convolved, _ = self.convolve(convolved, ahead=self.conv_width // 2, runs=runs)
-        mixed, *rest = split(convolved, self.inner, *[keys] * 4)
-        values = self.split_heads(mixed)
-        dt = dt.reshape(*dt.shape[:2], 2, self.heads).astype(self.wide)
-        dt = jax.nn.softplus(dt + self.step_bias())
+        mixed, *parts = split(convolved, self.inner, *[keys] * 4)
+        values, parts = self.split_heads(mixed), [self.split_groups(part) for part in parts]
         rates = self.decay_rates(nn.initializers.zeros)
+        steps = split(jax.nn.softplus(dt + jnp.tile(self.step_bias(), 2)), self.heads, self.heads)
+        forward, backward = (Direction(b, c, dt, dt * rates) for b, c, dt in zip(parts[::2], parts[1::2], steps))
         linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        weight = self.dense("diagonal", self.heads, ("mlp", "heads"), False, linear)(mixed)
-        y = (weight + self.skip_weights())[..., None] * values
-        for direction, move in enumerate((_to_next, _to_previous)):
-            b, c = (self.split_groups(a) for a in rest[2 * direction : 2 * direction + 2])
-            step = dt[:, :, direction]
-            inputs = (c, b, (step[..., None] * values).astype(self.dtype), step * rates)
-            options = {"starts": starts, "reverse": direction == 1, "chunk_size": self.chunk_size}
-            y = y + move(linear_attention(*inputs, **options)[0], starts)
+        weights = self.dense("diagonal", self.heads, ("mlp", "heads"), False, linear)(mixed) + self.skip_weights()
+        y = quasiseparable(values, forward, backward, weights, starts=starts, chunk_size=self.chunk_size)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         norm = GatedRMSNorm(norm_before_gate=True, epsilon=self.norm_epsilon, name="norm", **types)
-        return self.map_out(norm(y.astype(self.dtype).reshape(z.shape), z)), None
+        return self.map_out(norm(y.reshape(z.shape), z)), None
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> None:
@@ -77,14 +73,40 @@ class Hydra(HeadwiseStateSpace):
         return self.costs_of(length, 2) + Costs(parameters=weight, flops=2 * length * weight)
 
 
-def _to_next(y: Float[Array, "B L H P"], starts: Bool[Array, "B L"] | None) -> Float[Array, "B L H P"]:
-    """Every token gets the output of the one before it, the first of a segment zero."""
-    moved = jnp.pad(y[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
-    return moved if starts is None else jnp.where(starts[..., None, None], 0, moved)
+class Direction(NamedTuple):
+    """A state space that reads in one direction: `S_i = exp(log_decay_i) S_(i-1) + steps_i b_i x_i^T`, `y_i = S_i^T c_i`."""
+
+    b: Float[Array, "B L G N"]
+    c: Float[Array, "B L G N"]
+    steps: Float[Array, "B L H"]
+    log_decay: Float[Array, "B L H"]
 
 
-def _to_previous(y: Float[Array, "B L H P"], starts: Bool[Array, "B L"] | None) -> Float[Array, "B L H P"]:
-    """Every token gets the output of the one after it, the last of a segment zero."""
+def quasiseparable(
+    x: Float[Array, "B L H P"],
+    forward: Direction,
+    backward: Direction,
+    diagonal: Float[Array, "B L H"],
+    *,
+    starts: Bool[Array, "B L"] | None = None,
+    chunk_size: int | None = None,
+) -> Float[Array, "B L H P"]:
+    """`y = M x` for each head, M of the given diagonal, its lower part from `forward` and its upper one from `backward`.
+
+    Below the diagonal `M_ij = c_(i-1)^T exp(log_decay_(j+1) + ... + log_decay_(i-1)) b_j steps_j`: the output of the token
+    before i. Blocks off the diagonal are of rank N at most. `starts` keeps segments apart.
+    """
+
+    def run(direction: Direction, reverse: bool) -> Array:
+        inputs = (direction.steps[..., None] * x).astype(x.dtype)
+        options = {"starts": starts, "reverse": reverse, "chunk_size": chunk_size}
+        return linear_attention(direction.c, direction.b, inputs, direction.log_decay, **options)[0]
+
+    # The first of a segment has nothing before it, the last nothing after it.
+    before = jnp.pad(run(forward, False)[:, :-1], [(0, 0), (1, 0), (0, 0), (0, 0)])
+    after = jnp.pad(run(backward, True)[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
     if starts is not None:
-        y = jnp.where(starts[..., None, None], 0, y)
-    return jnp.pad(y[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
+        before = jnp.where(starts[..., None, None], 0, before)
+        ends = jnp.pad(starts[:, 1:], [(0, 0), (0, 1)])
+        after = jnp.where(ends[..., None, None], 0, after)
+    return (before + after + diagonal[..., None] * x).astype(x.dtype)

@@ -199,7 +199,7 @@ class Mamba2(HeadwiseStateSpace):
         convolved, tail = self.convolve(convolved, runs=runs, tail=None if state is None else state.convolution)
         values, b, c = split(convolved, self.inner, keys, keys)
         values, b, c = self.split_heads(values), self.split_groups(b), self.split_groups(c)
-        dt = jax.nn.softplus(dt.astype(self.wide) + self.step_bias())
+        dt = jax.nn.softplus(dt + self.step_bias())  # in the parameters' precision
         dt = dt if self.dt_limit is None else jnp.clip(dt, *self.dt_limit)
         rates = self.decay_rates(lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape, dtype, *DECAY_RATES)))
         y, heads = linear_attention(

@@ -26,6 +26,7 @@ DECAY_RATES = (1.0, 16.0)
 SHORTEST_STEP = 1e-4
 """Least initial step."""
 HEAD_DIM = 64
+"""Of the authors' models; a power of 2."""
 
 
 @chex.dataclass(frozen=True)
@@ -42,7 +43,8 @@ class HeadwiseStateSpace(Mixer):
 
     Attributes:
       state_dim: N, of the state of each feature.
-      head_dim: features P in a head, which share a decay; None is 64, or all of a narrower inner width.
+      head_dim: features P in a head, which share a decay; None is 64, or the largest power of 2 below that divides the
+        inner width.
       expand: inner width, in units of `embed_dim`.
       num_groups: groups of heads that share B and C.
       conv_width: taps of the depthwise convolution over x, B and C.
@@ -94,7 +96,7 @@ class HeadwiseStateSpace(Mixer):
 
     @property
     def head_width(self) -> int:
-        return self.head_dim or min(HEAD_DIM, self.inner)
+        return self.head_dim or math.gcd(HEAD_DIM, self.inner)
 
     @property
     def heads(self) -> int:

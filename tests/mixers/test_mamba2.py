@@ -138,9 +138,10 @@ def test_initial_values_are_the_authors():
     np.testing.assert_allclose(np.log1p(np.exp(bias)), 1e-4, rtol=1e-4)
 
 
-def test_a_narrow_model_is_one_head():
-    assert registry.mixer("mamba2")(embed_dim=16).heads == 1
-    assert registry.mixer("mamba2")(embed_dim=256).heads == 8
+@pytest.mark.parametrize(("width", "heads", "head"), [(3, 3, 2), (16, 1, 32), (48, 3, 32), (256, 8, 64)])
+def test_heads_fit_any_width(width, heads, head):
+    mixer = registry.mixer("mamba2")(embed_dim=width)
+    assert (mixer.heads, mixer.head_width) == (heads, head)
 
 
 def test_state_stays_in_float32_and_does_not_grow():

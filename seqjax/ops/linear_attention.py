@@ -73,7 +73,7 @@ def linear_attention(
             starts = jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
     if starts is not None:  # exact: decays are products and sums of logarithms, which never meet as inf - inf
         decay = jnp.where(starts[..., None], -jnp.inf, decay)
-    chunked = functools.partial(_in_chunks, min(chunk_size or CHUNK_SIZE, length))
+    chunked = functools.partial(_in_chunks, chunk_size or CHUNK_SIZE)
     available = {"xla": chunked if length > 1 else _one_step, "reference": _reference}
     y, state = dispatch(implementation, available, q, k, v, decay, state)
     y = y.astype(v.dtype)
@@ -86,7 +86,7 @@ def linear_attention_flops(
     """Floating-point operations of `linear_attention` on one sequence, forward."""
     if length == 1:
         return 5 * heads * key_dim * value_dim
-    count, size = _chunks(length, min(chunk_size or CHUNK_SIZE, length))
+    count, size = _chunks(length, chunk_size or CHUNK_SIZE)
     inside = size * (2 * groups * key_dim + 2 * heads * value_dim + 3 * heads)
     return count * size * (inside + 4 * heads * key_dim * value_dim)
 
@@ -131,6 +131,8 @@ def _in_chunks(chunk_size: int, q: Array, k: Array, v: Array, log_decay: Array, 
 
 def _chunks(length: int, chunk_size: int) -> tuple[int, int]:
     """How many chunks, and their common size: near the least that so many chunks need."""
+    if chunk_size > BLOCKS[0]:
+        chunk_size -= chunk_size % BLOCKS[-1]
     count = -(-length // chunk_size)
     size = -(-length // count)
     return count, size if size <= BLOCKS[0] else -(-size // BLOCKS[-1]) * BLOCKS[-1]

@@ -113,6 +113,7 @@ def check(a, starts, reverse, dtype=np.float64, tolerance=1e-12, **options):
         (13, {"chunk_size": 4}),
         (32, {"chunk_size": 16}),
         (45, {"chunk_size": 24}),
+        (50, {"chunk_size": 50}),
         (67, {"chunk_size": 32}),
         (130, {}),
         (9, {"implementation": "reference"}),

@@ -27,12 +27,17 @@ MIXER_VARIANTS = {
     "dss": [{"state_dim": 3, "kernel": "softmax", "kernel_length": 64, "implementation": "convolution"}],
     "glu": [{"activation": "gelu", "mlp_bias": False}],
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
+    "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
     "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],
     "lssl": [{"state_dim": 5, "implementation": "convolution", "learn": "none", "channels": 2}],
     "mamba": [
         {"state_dim": 4, "selective": ("C",), "complex_modes": True, "gate": False, "conv_bias": False, "use_bias": True},
         {"state_dim": 3, "selective": ("dt", "B"), "implementation": "xla", "chunk_size": 4},
         {"state_dim": 4, "causal": False},
+    ],
+    "mamba2": [
+        {"state_dim": 3, "head_dim": 4, "num_groups": 2, "chunk_size": 4, "use_bias": True, "dt_limit": (0.01, 0.5)},
+        {"state_dim": 3, "head_dim": 8, "conv_width": 1, "conv_bias": False},
     ],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},

@@ -44,6 +44,27 @@ class RMSNorm(nn.Module):
         return (y * _vector(self, "scale", nn.initializers.ones, x)).astype(self.dtype)
 
 
+class GatedRMSNorm(nn.Module):
+    """Root-mean-square normalisation by groups of features, and a gate: `norm(y silu(z))`, or `norm(y) silu(z)` with
+    `norm_before_gate` (Mamba-2, Dao and Gu 2024). Computed in at least float32."""
+
+    groups: int = 1
+    norm_before_gate: bool = False
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: Float[Array, "... D"], z: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        y, gate = y.astype(wide), jax.nn.silu(z.astype(wide))
+        y = y if self.norm_before_gate else y * gate
+        grouped = y.reshape(*y.shape[:-1], self.groups, -1)
+        grouped = grouped * jax.lax.rsqrt(jnp.mean(grouped * grouped, axis=-1, keepdims=True) + self.epsilon)
+        y = grouped.reshape(y.shape) * _vector(self, "scale", nn.initializers.ones, y)
+        return (y * gate if self.norm_before_gate else y).astype(self.dtype)
+
+
 class BatchNorm(nn.Module):
     """Batch normalisation over every dimension but the last (Ioffe and Szegedy 2015).
 

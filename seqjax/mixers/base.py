@@ -52,7 +52,8 @@ class Mixer(nn.Module):
 
     Attributes:
       embed_dim: width D of inputs and outputs.
-      causal: False asks for the bidirectional form; a mixer without one refuses it when built (`bidirectional`).
+      causal: False asks for the bidirectional form; a mixer refuses the form that it has not when built (`bidirectional`,
+        `causal_form`).
       residual_init: scale of the initial weights of the map back to the residual stream, relative to `1 / sqrt(inputs)`.
       dtype: of the computation; recurrent state is kept in at least float32.
       param_dtype: of the parameters.
@@ -66,6 +67,8 @@ class Mixer(nn.Module):
 
     bidirectional: ClassVar[bool] = False
     """Whether `causal=False` is supported."""
+    causal_form: ClassVar[bool] = True
+    """Whether `causal=True` is supported."""
     carries_state: ClassVar[bool] = True
     """Whether the causal form continues from a state."""
     segments: ClassVar[bool] = True
@@ -79,6 +82,8 @@ class Mixer(nn.Module):
         super().__post_init__()
         if not self.causal and not self.bidirectional:
             raise ConfigError(f"model.causal=False: {type(self).__name__} has no bidirectional form; allowed: True.")
+        if self.causal and not self.causal_form:
+            raise ConfigError(f"model.causal=True: {type(self).__name__} has no causal form; allowed: False.")
 
     def __call__(
         self,
@@ -114,7 +119,8 @@ class Mixer(nn.Module):
     @nn.nowrap
     def refuse_state(self) -> None:
         """Raise the error of a bidirectional mixer that is asked for a state."""
+        allowed = "causal=True, or a call without a state" if self.causal_form else "a call without a state"
         raise ConfigError(
             f"{type(self).__name__} with causal=False sees the whole sequence at once, so it carries no state; "
-            "allowed: causal=True, or a call without a state."
+            f"allowed: {allowed}."
         )

@@ -24,3 +24,12 @@ register_stack(
 RMS = SEQUENCE | {"norm": "rms"}
 
 register_stack("mamba", pattern=("mamba",), defaults=RMS, example=TINY | {"state_dim": 8}, causal=(True, False))
+register_stack("mamba2", pattern=("mamba2",), defaults=RMS, example=TINY | {"state_dim": 8, "head_dim": 16})
+register_stack(
+    "hydra",
+    pattern=("hydra",),
+    defaults=RMS | {"causal": False},
+    example=TINY | {"state_dim": 8, "head_dim": 16},
+    causal=(False,),
+    carries_state=False,
+)

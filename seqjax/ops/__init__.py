@@ -4,6 +4,7 @@ from seqjax.ops.attention import attended_pairs, flash_attention
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
+from seqjax.ops.linear_attention import linear_attention
 from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLowRankSystem, DiagonalSystem
@@ -24,6 +25,7 @@ __all__ = [
     "discretize_dense",
     "discretize_diagonal",
     "flash_attention",
+    "linear_attention",
     "linear_scan",
     "long_convolution",
     "prefix_scan",

@@ -136,25 +136,34 @@ def short_convolution(
     kernel: Float[Array, "W D"],
     bias: Float[Array, "D"] | None = None,
     *,
+    ahead: int = 0,
     runs: Int[Array, "B L"] | None = None,
     tail: Tail | None = None,
 ) -> tuple[Float[Array, "B L D"], Tail | None]:
-    """Causal depthwise convolution `y_t = bias + sum_w kernel[W - 1 - w] u_(t - w)`: the last row meets the newest input.
+    """Depthwise convolution `y_t = bias + sum_w kernel[W - 1 - w] u_(t + ahead - w)`: the last row meets the newest input.
 
     Args:
+      ahead: how many of the W taps look ahead of their output: 0 is causal, `(W - 1) / 2` is centred.
       runs: an output sees inputs of its own segment only.
       tail: the W - 1 inputs before these.
     Returns:
       In the dtype of `u`; and the next tail, if one was given.
     Raises:
-      ValueError: a tail of another size than W - 1.
+      ValueError: a tail of another size than W - 1, or for a convolution that looks ahead; or `ahead` outside the kernel.
     """
     taps, length = kernel.shape[0], u.shape[1]
+    if not 0 <= ahead < taps:
+        raise ValueError(f"ahead={ahead} is outside a kernel of {taps} taps; allowed: 0 to {taps - 1}.")
+    if tail is not None and ahead:
+        raise ValueError(f"a convolution that looks ahead={ahead} inputs waits for them: it takes no tail; allowed: ahead=0.")
     if tail is not None and tail.inputs.shape[1] != taps - 1:
         raise ValueError(f"a convolution of {taps} taps continues from {taps - 1} inputs, not {tail.inputs.shape[1]}.")
     own = None if runs is None and tail is None else jnp.broadcast_to(0 if runs is None else runs, u.shape[:2])
-    before = Tail.fresh(u.shape[0], taps - 1, u.shape[2], u.dtype) if tail is None else tail
+    before = Tail.fresh(u.shape[0], taps - 1 - ahead, u.shape[2], u.dtype) if tail is None else tail
     inputs, all_runs, after = before.extended(u, jnp.zeros(u.shape[:2], jnp.int32) if own is None else own)
+    if ahead:
+        inputs = jnp.pad(inputs, [(0, 0), (0, ahead), (0, 0)])
+        all_runs = jnp.pad(all_runs, [(0, 0), (0, ahead)], constant_values=-1)
     y = jnp.zeros_like(u) if bias is None else jnp.broadcast_to(bias, u.shape).astype(u.dtype)
     for tap in range(taps):
         seen = inputs[:, tap : tap + length]

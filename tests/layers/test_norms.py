@@ -1,5 +1,7 @@
 """Norms against NumPy in float64, and the dense layer against einsum."""
 
+import pathlib
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from seqjax.layers.dense import Dense
-from seqjax.layers.norms import make_norm
+from seqjax.layers.norms import GatedRMSNorm, make_norm
 
 X = np.random.default_rng(0).standard_normal((3, 4, 6)) * 3 + 1
 
@@ -35,6 +37,22 @@ def test_batch_norm_averages_its_statistics():
         variables = {**variables, **moved}
     np.testing.assert_allclose(variables["batch_stats"]["mean"], X.mean((0, 1)), rtol=1e-2)
     np.testing.assert_allclose(variables["batch_stats"]["variance"], X.var((0, 1)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("norm_before_gate", [False, True])
+def test_gated_norm_equals_its_definition_and_the_authors(groups, norm_before_gate):
+    golden = np.load(pathlib.Path(__file__).parent / "data/gated_rms_norm.npz")
+    y, z = golden["x"].astype(np.float64), golden["z"].astype(np.float64)
+    gate = z / (1 + np.exp(-z))
+    wanted = (y if norm_before_gate else y * gate).reshape(2, 3, groups, -1)
+    wanted = (wanted / np.sqrt((wanted**2).mean(-1, keepdims=True) + 1e-5)).reshape(y.shape) * golden["weight"]
+    wanted = wanted * gate if norm_before_gate else wanted
+    norm = GatedRMSNorm(groups, norm_before_gate)
+    scale, *inputs = (jnp.asarray(golden[key]) for key in ("weight", "x", "z"))
+    got = norm.apply({"params": {"scale": scale}}, *inputs)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+    np.testing.assert_allclose(got, golden[f"out_before{int(norm_before_gate)}_group{8 // groups}"], atol=1e-6)
 
 
 def test_norms_keep_bfloat16_and_compute_wide():

@@ -43,12 +43,13 @@ def long_gradients(u, kernel, runs, weights):
     return d_u, d_kernel
 
 
-def short_by_hand(u, kernel, bias=None, runs=None):
+def short_by_hand(u, kernel, bias=None, runs=None, ahead=0):
     y = np.zeros_like(u) if bias is None else np.zeros_like(u) + bias
     for b, t in np.ndindex(u.shape[:2]):
-        for w in range(min(len(kernel), t + 1)):
-            if runs is None or runs[b, t] == runs[b, t - w]:
-                y[b, t] += kernel[-1 - w] * u[b, t - w]
+        for w in range(len(kernel)):
+            s = t + ahead - w
+            if 0 <= s < u.shape[1] and (runs is None or runs[b, t] == runs[b, s]):
+                y[b, t] += kernel[-1 - w] * u[b, s]
     return y
 
 
@@ -158,6 +159,18 @@ def test_short_convolution_whole_and_in_parts(taps, cuts, starts, biased):
     np.testing.assert_array_equal(tail.inputs, np.concatenate([np.zeros_like(u), u, u], axis=1)[:, 19 - taps : 18])
 
 
+@pytest.mark.parametrize(("taps", "ahead"), [(3, 1), (7, 3), (4, 3), (25, 12)])
+@pytest.mark.parametrize("packed", [False, True])
+def test_short_convolution_looks_ahead(taps, ahead, packed):
+    rng = np.random.default_rng(taps)
+    u, kernel = rng.standard_normal((2, 9, WIDTH)), rng.standard_normal((taps, WIDTH))
+    runs = runs_of(rng.random((2, 9)) < 0.3) if packed else None
+    with jax.enable_x64(True):
+        y, tail = short_convolution(jnp.asarray(u), jnp.asarray(kernel), ahead=ahead, runs=optional(runs))
+    assert tail is None
+    np.testing.assert_allclose(y, short_by_hand(u, kernel, None, runs, ahead), atol=1e-13)
+
+
 def test_gradients_of_a_short_convolution_within_runs():
     rng = np.random.default_rng(0)
     u, kernel, weights = rng.standard_normal((2, 9, WIDTH)), rng.standard_normal((4, WIDTH)), rng.standard_normal((2, 9, WIDTH))
@@ -201,3 +214,7 @@ def test_bad_calls_are_refused():
             long_convolution(u, kernel, reverse_kernel=kernel, **option)
     with pytest.raises(ValueError, match="a convolution of 4 taps continues from 3 inputs, not 5"):
         short_convolution(u, jnp.ones((4, WIDTH)), tail=tail)
+    with pytest.raises(ValueError, match="looks ahead=1 inputs waits for them: it takes no tail"):
+        short_convolution(u, jnp.ones((4, WIDTH)), ahead=1, tail=Tail.fresh(2, 3, WIDTH))
+    with pytest.raises(ValueError, match="ahead=4 is outside a kernel of 4 taps; allowed: 0 to 3"):
+        short_convolution(u, jnp.ones((4, WIDTH)), ahead=4)

@@ -94,7 +94,8 @@ def expected(inputs, d_y, d_last, *, softplus=True, reverse=False, starts=None):
 
 def check(inputs, *, softplus=True, reverse=False, starts=None, tolerance=2e-6, gradient_tolerance=2e-5, **options):
     rng = np.random.default_rng(1)
-    d_y, d_last = rng.normal(size=inputs["u"].shape), rng.normal(size=inputs["h0"].shape if "h0" in inputs else (2, 4, 6))
+    batch_size, _, features = inputs["u"].shape
+    d_y, d_last = rng.normal(size=inputs["u"].shape), rng.normal(size=(batch_size, inputs["A"].shape[1], features))
     y, last, grads = expected(inputs, d_y, d_last, softplus=softplus, reverse=reverse, starts=starts)
     how = {"dt_softplus": softplus, "reverse": reverse, "return_state": True, **options}
     run = jax.jit(lambda inputs, starts: selective_scan(**inputs, starts=starts, **how))

@@ -133,7 +133,9 @@ class Family:
       blocks: tensors of the layers, one table per block of the pattern.
       prefix: of tensor names; files saved without the head lack it.
       ignored: regular expressions on the whole names of tensors that hold no parameters.
+      aliases: other names of tensors that files use, and the tables' own.
       head: the tensor that repeats the embedding where the two are tied.
+      derive: adds entries that follow from others to a `config.json` that is written.
       normalize: rewrites older or newer forms of a `config.json` to the one that `keys` and `fixed` read.
     """
 
@@ -146,7 +148,9 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     head: str = "lm_head.weight"
+    derive: Callable[[dict[str, Any]], dict[str, Any]] = dict
     normalize: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
     def read_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,7 +175,7 @@ class Family:
     def write_config(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The `config.json` of a model with these options; it reads back the same only if the model is of the family."""
         said = {key.entry: key.write(options.get(key.option)) for key in self.keys}
-        return {"model_type": self.model_type, **self.written, **self.fixed, **said}
+        return self.derive({"model_type": self.model_type, **self.written, **self.fixed, **said})
 
     def slots(self, model: SequenceModel, paths: Iterable[str]) -> list[Slot]:
         """Every tensor that holds a parameter of `model`, whose parameters have these `paths`.

@@ -19,20 +19,27 @@ from seqjax.interop.family import Family, Slot, listed
 from seqjax.interop.folder import Tensors, open_tensors, read_config, write_folder
 from seqjax.interop.gpt2 import GPT2
 from seqjax.interop.llama import LLAMA
+from seqjax.interop.mamba import MAMBA, MAMBA2, from_authors
 from seqjax.models.base import DTYPES
 from seqjax.models.sequence_model import Frame, SequenceModel
 from seqjax.registry import build
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MAMBA, MAMBA2)}
 """Families by `model_type`; add one to load another's weights."""
 
-CHOSEN = ("dropout", "stochastic_depth", "dtype", "param_dtype", "remat", "unroll", "implementation")
+CHOSEN = ("dropout", "stochastic_depth", "dtype", "param_dtype", "remat", "unroll", "implementation", "chunk_size")
 """Options that pretrained weights leave open."""
 
-DERIVED = {"head_dim": "key_dim", "num_kv_heads": "kv_heads", "hidden_dim": "width"}
-"""Options that may be None, and the property that says what they then are."""
+DERIVED = {
+    "head_dim": ("key_dim", "head_width"),
+    "num_kv_heads": ("kv_heads",),
+    "hidden_dim": ("width",),
+    "dt_rank": ("rank",),
+}
+"""Options that may be None, and the property, of the first name that the mixer has, that says what they then are."""
 
-UNUSED = ("pattern", "residual_init", "embed_init", "mlp_ratio", "pool", "horizon", "num_classes", "output_dim", *CHOSEN)
+UNUSED = ("pattern", "residual_init", "embed_init", "mlp_ratio", "pool", "horizon", "num_classes", "output_dim")
+UNUSED += ("dt_min", "dt_max", *CHOSEN)
 """Options that say nothing further of a language model's function, beside `DERIVED` ones and the pattern's names."""
 
 
@@ -55,7 +62,7 @@ def load_pretrained(path: str | os.PathLike, *, sharding: Any = None, **options:
         if key not in CHOSEN:
             raise ConfigError(f"load_pretrained: {key} is decided by the weights; {allowed_values(key, CHOSEN)}")
     folder = pathlib.Path(path)
-    config = read_config(folder)
+    config = from_authors(read_config(folder))
     family = choose(FAMILIES, config.get("model_type"), f"{folder / 'config.json'}: model_type")
     model = build(family.read_config(config) | options)
     shapes = _parameter_shapes(model)
@@ -108,9 +115,10 @@ def _parameter_shapes(model: SequenceModel) -> dict[str, tuple[int, ...]]:
 
 
 def _names_in_file(family: Family, tensors: Tensors) -> dict[str, str]:
-    """Tensors' names as the family's tables give them, and as the file does: the prefix may be missing."""
+    """Tensors' names as the family's tables give them, and as the file does: the prefix may be missing, or a name be another."""
     prefixed = any(name.startswith(family.prefix) for name in tensors.names())
-    return {name if prefixed or name == family.head else family.prefix + name: name for name in tensors.names()}
+    own = {name if prefixed or name == family.head else family.prefix + name: name for name in tensors.names()}
+    return {family.aliases.get(name, name): given for name, given in own.items()}
 
 
 def _check_tensors(
@@ -179,6 +187,7 @@ def _described(model: SequenceModel) -> dict[str, Any]:
     for i, sublayer in enumerate(model.unit):
         mixer = sublayer.make(model.frame, parent=None)
         for key in options_of(type(mixer), exclude=(*Frame._fields, *UNUSED)):
-            value = getattr(mixer, DERIVED.get(key, key), None)
+            name = next(name for name in (*DERIVED.get(key, ()), key) if hasattr(mixer, name))
+            value = getattr(mixer, name)
             said[f"{sublayer.name}_{i}.{key}"] = value
     return said

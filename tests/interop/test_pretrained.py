@@ -324,3 +324,37 @@ def test_variables_of_another_model(tmp_path):
     for wrong in ({}, variables["params"], build(tie_embeddings=False)[1], build(embed_dim=32)[1]):
         with pytest.raises(ConfigError, match=r"save_pretrained: the variables are not this model's; they differ in"):
             pretrained.save_pretrained(model, wrong, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_the_authors_form_of_mamba(name, tmp_path):
+    """Another config.json, another name for the embedding, and the tied head written out."""
+    theirs = shutil.copytree(GOLDEN / name, tmp_path / name)
+    own = {"d_state": 8, "headdim": 16, "layer": "Mamba2"} if name == "mamba2" else {"d_state": 8, "dt_rank": 4}
+    config = {"d_model": 32, "n_layer": 2, "vocab_size": 37, "ssm_cfg": own, "rms_norm": True, "residual_in_fp32": True}
+    (theirs / "config.json").write_text(json.dumps(config | {"pad_vocab_size_multiple": 8}))
+
+    def rename(tensors):
+        tensors["backbone.embedding.weight"] = tensors.pop("backbone.embeddings.weight")
+        tensors["lm_head.weight"] = tensors["backbone.embedding.weight"].copy()
+
+    edit_tensors(theirs, rename)
+    model, variables = seqjax.load_pretrained(theirs)
+    again, expected = seqjax.load_pretrained(GOLDEN / name)
+    assert pretrained._described(model) == pretrained._described(again)
+    assert_same_variables(variables, expected)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"ssm_cfg": {"layer": "Mamba3"}}, "Mamba3"),
+        ({"attn_cfg": {"num_heads": 2}}, "without attention"),
+        ({"ssm_cfg": {"A_init_range": 3}}, "ssm_cfg.A_init_range"),
+    ],
+)
+def test_configs_that_mamba_cannot_follow(entries, message, tmp_path):
+    config = {"d_model": 32, "n_layer": 2, "vocab_size": 37, "ssm_cfg": {}} | entries
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        seqjax.load_pretrained(tmp_path)

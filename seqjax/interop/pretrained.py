@@ -115,7 +115,7 @@ def _parameter_shapes(model: SequenceModel) -> dict[str, tuple[int, ...]]:
 
 
 def _names_in_file(family: Family, tensors: Tensors) -> dict[str, str]:
-    """Tensors' names as the family's tables give them, and as the file does: the prefix may be missing, or a name be another."""
+    """Tensors' names as the family's tables give them, and as the file does: without a prefix, or as an alias."""
     prefixed = any(name.startswith(family.prefix) for name in tensors.names())
     own = {name if prefixed or name == family.head else family.prefix + name: name for name in tensors.names()}
     return {family.aliases.get(name, name): given for name, given in own.items()}

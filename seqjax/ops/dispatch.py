@@ -7,16 +7,17 @@ from typing import Any
 
 import jax
 
-PLATFORM_KERNELS = {"pallas_tpu": "tpu", "pallas_gpu": "cuda"}
-"""Implementations that exist for one platform only, and `lax.platform_dependent`'s name of that platform."""
+PLATFORM_KERNELS = {"pallas_tpu": ("tpu", "tpu"), "pallas_gpu": ("gpu", "cuda")}
+"""Implementations that exist for one platform only: JAX's name of the backend, and `lax.platform_dependent`'s."""
 
 
 def dispatch(implementation: str | None, available: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
     """Call the chosen implementation on `args`.
 
     Args:
-      implementation: a key of `available`; None lets each platform take its kernel, and "xla" elsewhere, so that one
-        jitted program lowers for CPU, TPU and GPU.
+      implementation: a key of `available`; None takes the kernel of the platform that this process runs on, where there is
+        one, and "xla" on any other. A program that is compiled for another platform names the kernel: to trace kernels
+        that will not run takes seconds a call.
       available: implementations that support this call; "xla" is always one of them.
     Raises:
       ValueError: the implementation is unknown, or does not support this call.
@@ -28,7 +29,8 @@ def dispatch(implementation: str | None, available: Mapping[str, Callable[..., A
                 f"{', '.join(sorted(available))}."
             )
         return available[implementation](*args)
-    kernels = {PLATFORM_KERNELS[name]: f for name, f in available.items() if name in PLATFORM_KERNELS}
-    if not kernels:
-        return available["xla"](*args)
-    return jax.lax.platform_dependent(*args, **kernels, default=available["xla"])
+    backend = jax.default_backend()
+    for name, (wanted, platform) in PLATFORM_KERNELS.items():
+        if name in available and wanted == backend:
+            return jax.lax.platform_dependent(*args, **{platform: available[name]}, default=available["xla"])
+    return available["xla"](*args)

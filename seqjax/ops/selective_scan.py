@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+import importlib
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,7 @@ def selective_scan(
       return_state: also return the state after the last token processed, `[B, N, E]`.
       chunk_size: tokens between states kept for the backward pass; None chooses.
       implementation: "xla", "pallas_tpu", "pallas_gpu" or "reference" (a plain loop that JAX differentiates); None takes the
-        platform's kernel where there is one that supports the call.
+        kernel of the platform that this process runs on, where it serves the call, and else "xla".
       starts: in place of `segment_ids`: where a segment starts, the first token included.
     Returns:
       `[B, L, E]` in the dtype of `u`.
@@ -96,7 +98,7 @@ def selective_scan(
         starts=None if starts is None else jnp.repeat(starts, groups, axis=0),
     )
     how = {"softplus": dt_softplus, "reverse": reverse, "chunk_size": chunk_size}
-    available = {name: functools.partial(run, **how) for name, run in IMPLEMENTATIONS.items()}
+    available = {name: functools.partial(run, **how) for name, run in IMPLEMENTATIONS.items() if _serves(name, inputs)}
     y, last = dispatch(implementation, available, inputs)
     y, last = (_from_rows(a, batch_size) for a in (y, last))
     return (y, last) if return_state else y
@@ -259,7 +261,68 @@ def _reference(inputs: Inputs, *, softplus: bool, reverse: bool, chunk_size: int
     return finished(jnp.stack(y, axis=1), inputs), h
 
 
-IMPLEMENTATIONS = {"xla": _xla, "reference": _reference}
+def _kernel(platform: str, inputs: Inputs, *, softplus: bool, reverse: bool, chunk_size: int | None) -> tuple[Array, Array]:
+    """By the kernels of a platform, which keep states every so many tokens: a multiple of what they can."""
+    multiple = KERNEL_CHUNK if chunk_size is None else CHUNK_MULTIPLE * -(-chunk_size // CHUNK_MULTIPLE)
+    return _by_kernel(_Kernel(platform, softplus, reverse, multiple), inputs)
+
+
+class _Kernel(NamedTuple):
+    """Which kernel, and what it is given when it is compiled."""
+
+    platform: str
+    softplus: bool
+    reverse: bool
+    chunk_size: int
+
+    def run(self, name: str, *arrays: Any, **options: Any) -> Any:
+        # Not imported before it is needed: a kernel's module loads its platform's compiler.
+        module = importlib.import_module(f"seqjax.ops.kernels.selective_scan_{self.platform}")
+        how = {"softplus": self.softplus, "reverse": self.reverse, "chunk_size": self.chunk_size}
+        return getattr(module, name)(*arrays, **how, **options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(kernel: _Kernel, inputs: Inputs) -> tuple[Array, Array]:
+    out, last, _ = kernel.run("forward", inputs, keep_states=False)
+    return out, last
+
+
+def _by_kernel_forward(kernel: _Kernel, inputs: Inputs) -> tuple:
+    out, last, states = kernel.run("forward", inputs, keep_states=True)
+    return (out, last), (inputs, states)
+
+
+def _by_kernel_backward(kernel: _Kernel, saved: tuple, cotangents: tuple) -> tuple:
+    inputs, states = saved
+    d_out, d_last = cotangents
+    return (kernel.run("backward", inputs, states, d_out, d_last),)
+
+
+_by_kernel.defvjp(_by_kernel_forward, _by_kernel_backward)
+
+
+def _serves(implementation: str, inputs: Inputs) -> bool:
+    """Whether an implementation computes what the inputs ask for, on the current mesh."""
+    if not implementation.startswith("pallas_"):
+        return True
+    arrays = jax.tree.leaves(inputs._replace(starts=None))
+    narrow = all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
+    whole = math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1  # XLA cannot divide a kernel over devices
+    return narrow and whole and inputs.u.shape[1] > 1 and inputs.A.shape[1] <= LARGEST_KERNEL_STATE
+
+
+KERNEL_CHUNK = 128
+"""Tokens between the states that kernels keep by default."""
+CHUNK_MULTIPLE = 16
+LARGEST_KERNEL_STATE = 128
+
+IMPLEMENTATIONS = {
+    "xla": _xla,
+    "reference": _reference,
+    "pallas_tpu": functools.partial(_kernel, "tpu"),
+    "pallas_gpu": functools.partial(_kernel, "gpu"),
+}
 
 
 def _general(

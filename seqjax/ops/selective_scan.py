@@ -183,10 +183,11 @@ def _step(A: Array, h: Float[Array, "R N E"], now: _Tokens) -> tuple[Array, Arra
     return h, sum_modes(h * now.C[:, :, None])
 
 
-def _advance(A: Array, h: Float[Array, "R N E"], now: _Tokens) -> tuple[Array, Array]:
-    """The next state, and the one it was made from."""
-    before = reset(h, now.starts)
-    return jnp.exp(now.delta[:, None] * A) * before + (now.delta * now.u)[:, None] * now.B[:, :, None], before
+def _advance(A: Array, h: Float[Array, "R N E"], now: _Tokens) -> tuple[Array, tuple[Array, Array]]:
+    """The next state; the decay, and what is left of the state before."""
+    decay = jnp.exp(now.delta[:, None] * A)
+    left = decay * reset(h, now.starts)
+    return left + (now.delta * now.u)[:, None] * now.B[:, :, None], (decay, left)
 
 
 @jax.custom_vjp
@@ -212,27 +213,23 @@ def _scan_backward(saved: tuple, cotangents: tuple) -> tuple:
     d_y, d_last = cotangents
     spread = jnp.broadcast_to(A, d_last.shape)
 
-    def forth(h: Array, now: _Tokens) -> tuple[Array, tuple]:
-        after, before = _advance(A, h, now)
-        return after, (before, after)
-
     def back(carry: tuple, xs: tuple) -> tuple[tuple, tuple]:
         d_h, d_A = carry
-        now, before, d_y = xs
+        now, decay, left, d_y = xs
         d_h = d_h + now.C[:, :, None] * d_y[:, None]
-        d_before = d_h * jnp.exp(now.delta[:, None] * A)
-        d_exponent = d_before * before
+        d_exponent = d_h * left
         d_driven = sum_modes(d_h * now.B[:, :, None])
         d_delta = sum_modes(d_exponent * spread) + d_driven * now.u
         d_A = d_A + d_exponent * now.delta[:, None]
-        return (reset(d_before, now.starts), d_A), (d_h, d_delta, d_driven * now.delta)
+        return (reset(d_h * decay, now.starts), d_A), (d_h, d_delta, d_driven * now.delta)
 
     def chunk(carry: tuple, xs: tuple) -> tuple[tuple, _Tokens]:
         h, now, d_y = xs
-        _, (before, after) = jax.lax.scan(forth, h, now)
-        carry, (d_h, d_delta, d_u) = jax.lax.scan(back, carry, (now, before, d_y), reverse=True)
-        d_B, d_C = _over_features(d_h, now.delta * now.u), _over_features(after, d_y)
-        return carry, _Tokens(d_delta, d_u, d_B, d_C, None)
+        _, (decay, left) = jax.lax.scan(functools.partial(_advance, A), h, now)
+        carry, (d_h, d_delta, d_u) = jax.lax.scan(back, carry, (now, decay, left, d_y), reverse=True)
+        driven = now.delta * now.u
+        d_C = _over_features(left, d_y) + jnp.sum(driven * d_y, axis=-1, keepdims=True) * now.B
+        return carry, _Tokens(d_delta, d_u, _over_features(d_h, driven), d_C, None)
 
     (d_h, d_A), d_tokens = scan_chunks(chunk, (d_last, jnp.zeros_like(spread)), (kept, tokens, d_y), reverse=True)
     return (d_A if A.ndim == 3 else d_A.sum(0)), d_h, d_tokens

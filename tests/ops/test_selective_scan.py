@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 from seqjax.ops.complex_pairs import Pair
@@ -118,6 +120,25 @@ IMPLEMENTATIONS = ["xla", "reference"]
 def test_equals_a_float64_loop(implementation, length, reverse):
     starts = np.random.default_rng(5).random((2, length)) < 0.2
     check(made(0, 2, length, 6, 4), reverse=reverse, starts=starts, implementation=implementation)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("implementation", ["pallas_tpu", "pallas_gpu"])
+def test_kernels_behind_the_same_function(implementation, reverse):
+    """Groups folded and unfolded, states and gradients; the kernels' own tests are wider."""
+    module = pltpu if implementation == "pallas_tpu" else plgpu
+    interpreted = getattr(module, f"force_{implementation[-3:]}_interpret_mode", None)
+    if interpreted is None:
+        pytest.skip("this JAX has no interpreter for Mosaic GPU; 0.11 has")
+    starts = np.random.default_rng(5).random((2, 18)) < 0.2
+    with interpreted():
+        check(made(14, 2, 18, 6, 4, groups=2), reverse=reverse, starts=starts, chunk_size=9, implementation=implementation)
+
+
+def test_kernels_do_not_serve_what_they_cannot():
+    inputs = made(15, 1, 4, 2, 130)
+    with pytest.raises(ValueError, match="does not serve this call"):
+        scan(inputs, implementation="pallas_tpu")
 
 
 @pytest.mark.parametrize("without", [(), ("D",), ("z", "dt_bias"), ("h0", "D", "z", "dt_bias")])

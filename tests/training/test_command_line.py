@@ -117,7 +117,7 @@ def test_a_run_is_trained_continued_after_a_signal_and_evaluated(tmp_path, start
     out, err = start_training(workdir).communicate()
     assert "Resuming from step" in out, err
     score = out.splitlines()[-1].removeprefix("bits/token: ").split()[0]
-    process = start(EVALUATE, f"--workdir={workdir}", "--import=tiny")
+    process = start(EVALUATE, f"--workdir={workdir}", "--import=tiny", "--set=batch_size=3")  # the same examples
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert out.count("\n") == 1 and out.startswith(f"validation at step 12: loss {score} bits/token")

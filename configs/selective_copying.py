@@ -1,6 +1,6 @@
 """Repeat 16 tokens that stand scattered among 256 positions: a recurrence must choose what it takes in.
 
-The argument names the mixer: `--config=configs/selective_copying.py:mamba` (the default), `s4`, or any other with a causal form.
+The argument names the mixer: `--config=configs/selective_copying.py:mamba` (the default), `s4`, or any other causal one.
 """
 
 from seqjax import experiment_config

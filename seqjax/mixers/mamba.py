@@ -47,7 +47,7 @@ class Mamba(Mixer):
     `h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t`, `y_t = C_t h_t + D u_t` per feature u of the expanded width, where
     `delta = softplus(W_up W_down u + b)` and B, C are linear in u. Bidirectional (`causal=False`), the same maps feed a
     convolution and a scan of each direction with parameters of their own, and their outputs are added, as in Vision Mamba
-    (Zhu et al. 2024).
+    (Zhu et al. 2024); or each direction has maps of its own as well, as in S-Mamba (Wang et al. 2024).
 
     Attributes:
       state_dim: N, states per feature; of complex modes, conjugates count.
@@ -59,6 +59,7 @@ class Mamba(Mixer):
         leaves a time-invariant system: from S4 to S6 in steps (section 4.6 of the paper).
       complex_modes: conjugate pairs of complex modes, S4D-Lin at first, in place of real ones.
       gate: multiply by `silu(W_z x)`.
+      shared_maps: whether both directions of a bidirectional one have the same maps in and out.
       conv_bias, use_bias: biases of the convolution, and of the maps in and out.
       chunk_size: tokens between states kept for the backward pass; None chooses.
       implementation: of the scan, see `ops.selective_scan`; None takes the platform's kernel.
@@ -73,6 +74,7 @@ class Mamba(Mixer):
     selective: tuple = SELECTIVE
     complex_modes: bool = False
     gate: bool = True
+    shared_maps: bool = True
     conv_bias: bool = True
     use_bias: bool = False
     chunk_size: int | None = None
@@ -128,17 +130,28 @@ class Mamba(Mixer):
         found, segment = segments(segment_ids, before, x.shape[1])
         starts = None if segment_ids is None else found.starts
         runs = None if segment_ids is None and state is None else jnp.broadcast_to(found.runs, x.shape[:2])
-        u = self._dense("in", self.inner, ("embed", "mlp"), self.use_bias)(x)
-        z = self._dense("gate", self.inner, ("embed", "mlp"), self.use_bias)(x) if self.gate else None
         tail, system = (None, None) if state is None else (state.convolution, state.system)
+        u, z = self._maps_in("", x)
         y, tail, system = self._direction("", u, z, runs, starts, tail, system)
         if not self.causal:
             flip = lambda a: None if a is None else jnp.flip(a, 1)
-            later, *_ = self._direction("_reverse", flip(u), flip(z), flip(runs), reversed_starts(starts), None, None)
+            back, gate = (u, z) if self.shared_maps else self._maps_in("_reverse", x)
+            later, *_ = self._direction("_reverse", flip(back), flip(gate), flip(runs), reversed_starts(starts), None, None)
+            if not self.shared_maps:
+                return self._map_out("", y) + self._map_out("_reverse", flip(later)), None
             y = y + flip(later)
         if state is not None:
             state = MambaState(convolution=tail, system=system, segment=segment)
-        return self._dense("out", self.embed_dim, ("mlp", "embed"), self.use_bias, scaled_init(self.residual_init))(y), state
+        return self._map_out("", y), state
+
+    def _maps_in(self, suffix: str, x: Array) -> tuple[Array, Array | None]:
+        """What is scanned, and the gate."""
+        dense = lambda name: self._dense(name + suffix, self.inner, ("embed", "mlp"), self.use_bias)(x)
+        return dense("in"), dense("gate") if self.gate else None
+
+    def _map_out(self, suffix: str, y: Array) -> Array:
+        init = scaled_init(self.residual_init)
+        return self._dense("out" + suffix, self.embed_dim, ("mlp", "embed"), self.use_bias, init)(y)
 
     def _direction(
         self, suffix: str, u: Array, z: Array | None, runs: Array | None, starts: Array | None, tail: Tail | None, system: Any
@@ -224,14 +237,15 @@ class Mamba(Mixer):
         per_token = inner * order * sum(weights) + (2 * inner * self.rank if "dt" in self.selective else 0)
         fixed = inner * order * (2 - sum(weights))
         sides = 1 if self.causal else 2
-        parameters = maps + self.use_bias * (inner * (1 + self.gate) + width)
+        copies = 1 if self.shared_maps else sides
+        parameters = copies * (maps + self.use_bias * (inner * (1 + self.gate) + width))
         parameters += sides * (per_token + fixed + inner * (order + 2 + self.conv_width + self.conv_bias))
         scan = inner * (modes * (22 if self.complex_modes else 7) + 8)
         held = inner * order * jnp.dtype(self.wide).itemsize
         tail = (self.conv_width - 1) * (inner * jnp.dtype(self.dtype).itemsize + 4)
         return Costs(
             parameters=parameters,
-            flops=length * (2 * maps + sides * (2 * per_token + 2 * self.conv_width * inner + scan)),
+            flops=length * (2 * copies * maps + sides * (2 * per_token + 2 * self.conv_width * inner + scan)),
             state_bytes=held + tail + 12 if self.causal else 0,
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from seqjax.models.sequence_model import register_stack
 
 TINY = {"vocab_size": 64, "embed_dim": 32, "num_layers": 2, "max_length": 64}
@@ -32,4 +34,17 @@ register_stack(
     example=TINY | {"state_dim": 8, "head_dim": 16},
     causal=(False,),
     carries_state=False,
+)
+
+# Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
+VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}
+FORECAST = {"input_dim": 5, "output_dim": 5, "horizon": 14, "embed_dim": 16, "num_layers": 2}
+variates = partial(register_stack, inputs=("continuous",), causal=(False,), carries_state=False, segments=False)
+
+variates("itransformer", pattern=("attention", "mlp"), defaults=VARIATES, example=FORECAST | {"num_heads": 2})
+variates(
+    "s_mamba",
+    pattern=("mamba", "mlp"),
+    defaults=VARIATES | {"expand": 1, "conv_width": 2, "shared_maps": False},
+    example=FORECAST | {"state_dim": 4},
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -54,6 +54,9 @@ class Model(nn.Module):
     dtype: str = "float32"
     param_dtype: str = "float32"
 
+    inverts: ClassVar[bool] = False
+    """Whether the body can take channels for tokens, as `Head.variates` asks."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.vocab_size is None) == (self.input_dim is None):
@@ -66,6 +69,11 @@ class Model(nn.Module):
         head = choose(HEADS, self.head, "model.head")
         if getattr(self, head.size_option) is None:
             raise ConfigError(f"model.head={self.head!r} needs model.{head.size_option}, which was not given.")
+        if head.variates and (not self.inverts or self.input_dim is None or self.causal):
+            raise ConfigError(
+                f"model.head={self.head!r} makes tokens of channels, which have no order in time; allowed: residual stacks "
+                "with input_dim and causal=False."
+            )
         check_pool(self.pool)
         if self.head_state_dim < 1:
             raise ConfigError(f"model.head_state_dim={self.head_state_dim} is not positive; allowed: 1 and above.")
@@ -141,7 +149,8 @@ class Model(nn.Module):
     @nn.nowrap
     def frame_costs(self, length: int) -> Costs:
         """Costs of embedding and head."""
-        inputs = self.vocab_size if self.vocab_size is not None else self.input_dim + 1
+        values = length if HEADS[self.head].variates else self.input_dim
+        inputs = self.vocab_size if self.vocab_size is not None else values + 1
         parameters = inputs * self.embed_dim + (self.position == "learned") * self.max_length * self.embed_dim
         flops = 0 if self.vocab_size is not None else 2 * length * self.input_dim * self.embed_dim
         head = self.make_head(parent=None)

@@ -39,6 +39,9 @@ class Head(nn.Module):
     serves: ClassVar[str | None] = None
     """What a task may ask for, beside the head's own name, that this head answers."""
 
+    variates: ClassVar[bool] = False
+    """Whether the body's tokens are the channels of a window, each a vector of its values over time."""
+
     @nn.nowrap
     def parameters(self, embed_dim: int, tied: bool) -> int:
         """How many parameters the head trains."""
@@ -137,6 +140,26 @@ class ForecastHead(Head):
         return self.horizon * super().flops(embed_dim, length)
 
 
+class VariatesHead(Head):
+    """The next `horizon` values of each channel, from its own token: iTransformer's inverted forecast (Liu et al. 2024)."""
+
+    per_token = False
+    serves = "forecast"
+    variates = True
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B O D"], segment_ids=None, attend=None) -> Float[Array, "B T O"]:
+        return self._dense("forecast", self.horizon, ("embed", None))(x).swapaxes(1, 2)
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return (embed_dim + 1) * self.horizon
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        return 2 * embed_dim * self.horizon * self.output_dim
+
+
 class ClosedLoopHead(Head):
     """The next `horizon` values, by systems that read the window and then run on their own outputs (SpaceTime's decoder).
 
@@ -176,6 +199,7 @@ HEADS: dict[str, type[Head]] = {
     "regression": RegressionHead,
     "forecast": ForecastHead,
     "closed_loop": ClosedLoopHead,
+    "variates": VariatesHead,
 }
 
 

@@ -18,7 +18,7 @@ from seqjax.config import ConfigError, Option, check_options, choose, options_of
 from seqjax.layers.norms import NORMS, make_norm, norm_parameters
 from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.base import Model
-from seqjax.models.heads import Head
+from seqjax.models.heads import HEADS, Head, last_segment
 from seqjax.models.series import check_series, series_rows
 from seqjax.ops.segments import SegmentState, segments
 
@@ -136,6 +136,8 @@ class SequenceModel(Model):
     series_norm: str = "none"
     channel_independent: bool = False
 
+    inverts = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_series(self.series_norm, self.channel_independent, self.head, self.input_dim, self.output_dim)
@@ -150,6 +152,11 @@ class SequenceModel(Model):
     @property
     def frame(self) -> Frame:
         return Frame(self.embed_dim, self.causal, self.residual_init, self.dtype, self.param_dtype)
+
+    @property
+    def _normalizes_last(self) -> bool:
+        """A norm between stack and head: where each block does not end with one, and as iTransformer and S-Mamba have it."""
+        return self.norm_position == "pre" or HEADS[self.head].variates
 
     @property
     def repeats(self) -> int:
@@ -188,12 +195,16 @@ class SequenceModel(Model):
             inputs = inputs.reshape(-1, *inputs.shape[2:])
             segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
         inputs, segment_ids, restore = series_rows(inputs, segment_ids, self.series_norm, self.channel_independent)
+        if HEADS[self.head].variates:
+            if segment_ids is not None:  # values outside the window count as 0, its mean where it is normalised
+                inputs, segment_ids = jnp.where(last_segment(segment_ids)[..., None] > 0, inputs, 0), None
+            inputs = inputs.swapaxes(1, 2)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, found.positions, train)
         states = (None, None) if state is None else (state.repeats, state.remainder)
         x, states = self._stack(x, states, segment_ids, train)
-        if self.norm_position == "pre":
+        if self._normalizes_last:
             norm_options = {"epsilon": self.norm_epsilon, "dtype": self.dtype, "param_dtype": self.param_dtype}
             x = make_norm(self.norm, name="norm", **norm_options)(x, train)
         outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
@@ -273,8 +284,10 @@ class SequenceModel(Model):
             norms = Costs(parameters=len(sublayers) * norm_parameters(self.norm, self.embed_dim))
             return sum((s.make(self.frame, parent=None).costs(length) for s in sublayers), norms)
 
-        total = self.frame_costs(length) + self.repeats * of(self.unit) + of(self.remainder)
-        if self.norm_position == "pre":
+        frame = self.frame_costs(length)
+        length = self.input_dim if HEADS[self.head].variates else length  # what `of` counts
+        total = frame + self.repeats * of(self.unit) + of(self.remainder)
+        if self._normalizes_last:
             total += Costs(parameters=norm_parameters(self.norm, self.embed_dim))
         carried = self.causal and self.make_head(parent=None).per_token
         return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)

@@ -31,6 +31,8 @@ def check_series(norm: str, channel_independent: bool, head: str, input_dim: int
         raise ConfigError(f"{option} acts on continuous inputs; allowed: a model with input_dim, or no series options.")
     if HEADS[head].serves != "forecast":
         raise ConfigError(f"{option} sees the whole window, which model.head={head!r} must not; allowed: forecasting heads.")
+    if channel_independent and HEADS[head].variates:
+        raise ConfigError(f"model.channel_independent=True leaves model.head={head!r} one token a row; allowed: False.")
     if output_dim not in (None, input_dim):
         raise ConfigError(
             f"{option} forecasts the channels it is given, but model.input_dim={input_dim} and "

@@ -29,7 +29,8 @@ def count_flops(function: Callable[..., Any], *args: Any) -> int:
       function: traceable by JAX.
       args: arrays, or `ShapeDtypeStruct`s.
     Returns:
-      The count; a `while` loop of unknown length counts once, a `cond` as its dearest branch.
+      The count; a `while` loop of unknown length counts once, a `cond` as its dearest branch, a choice by platform as its
+      default, which accelerators take.
     """
     return _count(jax.make_jaxpr(function)(*args).jaxpr)
 
@@ -44,7 +45,8 @@ def _count_equation(equation: Any) -> int:
     if name == "scan":
         return parameters["length"] * sum(inner)
     if name == "cond":
-        return max(inner)
+        platforms = parameters.get("branches_platforms") or ()
+        return inner[platforms.index(None)] if None in platforms else max(inner)
     if inner:
         # custom_jvp/vjp calls hold rules beside the function itself; only the first is run.
         return sum(inner) if name == "while" else inner[0]

@@ -30,7 +30,7 @@ MIXER_CHUNKS, MODEL_CHUNKS = (8, 5, 1), (5, 1)
 """Chunk lengths that are compiled: a whole model costs more per program, and its mixers have been through all three."""
 SEGMENT_IDS = np.array([[1] * 6 + [2] * 3 + [1] * 5, [0] * 4 + [7] * 10], np.int32)
 """Row 0: three documents, the third reusing the first's id; row 1: left padding, then a document."""
-ONE_SEGMENT = np.zeros((BATCH, LENGTH), np.int32)
+ONE_SEGMENT = np.ones((BATCH, LENGTH), np.int32)
 
 
 class Subject:

@@ -27,9 +27,9 @@ def test_lists_by_ability():
 def test_example_config_builds_abstractly(name):
     model = seqjax.build(seqjax.example_config(name))
     tokens = "tokens" in registry.architecture(name).inputs
-    inputs = jax.ShapeDtypeStruct((2, 16), "int32") if tokens else jax.ShapeDtypeStruct((2, 16, model.input_dim), "float32")
+    inputs = jax.ShapeDtypeStruct((2, 14), "int32") if tokens else jax.ShapeDtypeStruct((2, 14, model.input_dim), "float32")
     outputs, state = jax.eval_shape(lambda key, x: model.init_with_output(key, x)[0], jax.random.key(0), inputs)
-    assert outputs.shape == (2, 16, model.vocab_size or model.input_dim)
+    assert outputs.shape == (2, 14, model.vocab_size or model.input_dim)
     assert state is None
 
 

@@ -16,7 +16,7 @@ from seqjax.config import ConfigError, choose
 from seqjax.layers.convolution import ShortConvolution
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.mixers.base import Costs, Mixer
-from seqjax.mixers.state_space import constant
+from seqjax.mixers.state_space import check_step_range, constant
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail
 from seqjax.ops.segments import SegmentState, reversed_starts, segments
@@ -94,11 +94,7 @@ class Mamba(Mixer):
                 f"model.state_dim={self.state_dim} with model.complex_modes=True: modes come in conjugate pairs; "
                 f"did you mean {self.state_dim + 1}? Allowed: even numbers."
             )
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(
-                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
-                "allowed: 0 < dt_min <= dt_max."
-            )
+        check_step_range(self.dt_min, self.dt_max)
         for name in self.selective:
             choose(dict.fromkeys(SELECTIVE), name, "model.selective")
         if self.implementation is not None:

@@ -16,6 +16,7 @@ from seqjax.layers.convolution import ShortConvolution
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import GatedRMSNorm
 from seqjax.mixers.base import Costs, Mixer
+from seqjax.mixers.state_space import check_step_range
 from seqjax.ops.convolution import Tail
 from seqjax.ops.linear_attention import linear_attention, linear_attention_flops
 from seqjax.ops.segments import SegmentState, segments
@@ -84,11 +85,7 @@ class HeadwiseStateSpace(Mixer):
                 f"model.num_groups={self.num_groups} does not divide the {self.heads} heads; "
                 f"allowed: {', '.join(map(str, _divisors(self.heads)))}."
             )
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(
-                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
-                "allowed: 0 < dt_min <= dt_max."
-            )
+        check_step_range(self.dt_min, self.dt_max)
 
     @property
     def inner(self) -> int:

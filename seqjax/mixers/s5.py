@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from seqjax.config import ConfigError, allowed_values, choose
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.mixers.base import Costs, Mixer
-from seqjax.mixers.state_space import StateSpaceState
+from seqjax.mixers.state_space import StateSpaceState, check_step_range
 from seqjax.ops.complex_pairs import Pair, product
 from seqjax.ops.discretization import discretize_diagonal
 from seqjax.ops.hippo import block_diagonal_legs
@@ -64,11 +64,7 @@ class S5(Mixer):
                 f"model.state_dim={self.state_dim} does not divide into model.blocks={self.blocks} blocks of conjugate pairs; "
                 f"allowed: multiples of {2 * max(1, self.blocks)}."
             )
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(
-                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
-                "allowed: 0 < dt_min <= dt_max."
-            )
+        check_step_range(self.dt_min, self.dt_max)
         if not self.resample > 0:
             raise ConfigError(f"model.resample={self.resample} is not positive; allowed: above 0, 1 keeps the rate.")
         choose(dict.fromkeys(("zoh", "bilinear")), self.discretization, "model.discretization")

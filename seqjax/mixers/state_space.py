@@ -187,11 +187,7 @@ class ContinuousMixer(StateSpaceMixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.dt_min <= self.dt_max:
-            raise ConfigError(
-                f"model.dt_min={self.dt_min} and model.dt_max={self.dt_max} are no range of step sizes; "
-                "allowed: 0 < dt_min <= dt_max."
-            )
+        check_step_range(self.dt_min, self.dt_max)
         if not self.resample > 0:
             raise ConfigError(f"model.resample={self.resample} is not positive; allowed: above 0, 1 keeps the rate.")
 
@@ -204,6 +200,14 @@ class ContinuousMixer(StateSpaceMixer):
 
         log_dt = self.vector("log_dt", init, (count,), ("embed",))
         return self.resample * jnp.exp(log_dt.astype(self.wide))
+
+
+def check_step_range(dt_min: float, dt_max: float) -> None:
+    """Raise a ConfigError unless initial step sizes can be drawn from between the two."""
+    if not 0 < dt_min <= dt_max:
+        raise ConfigError(
+            f"model.dt_min={dt_min} and model.dt_max={dt_max} are no range of step sizes; allowed: 0 < dt_min <= dt_max."
+        )
 
 
 def check_implementation(implementation: str | None) -> None:

@@ -168,7 +168,7 @@ class Mamba(Mixer):
             self._weights("c", suffix, u),
             D=self._parameter("skip" + suffix, nn.initializers.ones, (self.inner,), ("mlp",)),
             z=z,
-            dt_bias=self._parameter("dt_bias" + suffix, self._initial_steps, (self.inner,), ("mlp",)),
+            dt_bias=self._parameter("dt_bias" + suffix, step_bias(self.dt_min, self.dt_max), (self.inner,), ("mlp",)),
             dt_softplus=True,
             h0=system,
             starts=starts,
@@ -200,12 +200,6 @@ class Mamba(Mixer):
             return real
         init = nn.initializers.zeros if name == "b" else init
         return Pair(real, self._parameter(f"{name}_imag{suffix}", init, shape, axes).T)
-
-    def _initial_steps(self, key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-        """The inverse softplus of log-uniform steps."""
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-        dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), SHORTEST_STEP)
-        return dt + jnp.log(-jnp.expm1(-dt))
 
     def _dense(self, name: str, features: int, axes: tuple, use_bias: bool = False, init: Any = AS_AUTHORS) -> Dense:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -244,6 +238,17 @@ class Mamba(Mixer):
             flops=length * (2 * copies * maps + sides * (2 * per_token + 2 * self.conv_width * inner + scan)),
             state_bytes=held + tail + 12 if self.causal else 0,
         )
+
+
+def step_bias(dt_min: float, dt_max: float) -> nn.initializers.Initializer:
+    """What a softplus makes log-uniform steps of."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
+        dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(dt_min), math.log(dt_max)))
+        dt = jnp.maximum(dt, SHORTEST_STEP)
+        return dt + jnp.log(-jnp.expm1(-dt))
+
+    return init
 
 
 def _uniform(bound: float) -> nn.initializers.Initializer:

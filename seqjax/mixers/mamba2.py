@@ -16,6 +16,7 @@ from seqjax.layers.convolution import ShortConvolution
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import GatedRMSNorm
 from seqjax.mixers.base import Costs, Mixer
+from seqjax.mixers.mamba import step_bias
 from seqjax.mixers.state_space import check_step_range
 from seqjax.ops.convolution import Tail
 from seqjax.ops.linear_attention import linear_attention, linear_attention_flops
@@ -24,8 +25,6 @@ from seqjax.registry import register_mixer
 
 DECAY_RATES = (1.0, 16.0)
 """Range of the initial decay rates of Mamba-2's heads."""
-SHORTEST_STEP = 1e-4
-"""Least initial step."""
 HEAD_DIM = 64
 """Of the authors' models; a power of 2."""
 
@@ -124,14 +123,8 @@ class HeadwiseStateSpace(Mixer):
         return -jnp.exp(self.parameter("a_log", init, (self.heads,), ("heads",)))
 
     def step_bias(self) -> Array:
-        """What is added to the steps before their softplus: its inverse at steps drawn from the initial range."""
-        low, high = math.log(self.dt_min), math.log(self.dt_max)
-
-        def init(key: Array, shape: tuple, dtype: Any) -> Array:
-            dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), SHORTEST_STEP)
-            return dt + jnp.log(-jnp.expm1(-dt))
-
-        return self.parameter("dt_bias", init, (self.heads,), ("heads",))
+        """What is added to the steps before their softplus."""
+        return self.parameter("dt_bias", step_bias(self.dt_min, self.dt_max), (self.heads,), ("heads",))
 
     def skip_weights(self) -> Array:
         """D per head."""

@@ -303,6 +303,8 @@ def _serves(implementation: str, inputs: Inputs) -> bool:
     """Whether an implementation computes what the inputs ask for, on the current mesh."""
     if not implementation.startswith("pallas_"):
         return True
+    if implementation == "pallas_gpu" and jax.__version_info__ < (0, 11):  # Mosaic GPU of before loads otherwise
+        return False
     arrays = jax.tree.leaves(inputs._replace(starts=None))
     narrow = all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
     whole = math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1  # XLA cannot divide a kernel over devices

@@ -135,6 +135,12 @@ def test_kernels_behind_the_same_function(implementation, reverse):
         check(made(14, 2, 18, 6, 4, groups=2), reverse=reverse, starts=starts, chunk_size=9, implementation=implementation)
 
 
+@pytest.mark.skipif(jax.__version_info__ >= (0, 11), reason="this JAX has what the GPU kernel needs")
+def test_the_gpu_kernel_is_refused_by_an_older_jax():
+    with pytest.raises(ValueError, match="implementation='pallas_gpu' does not serve this call; allowed here: None"):
+        scan(made(16, 1, 4, 2, 2), implementation="pallas_gpu")
+
+
 def test_kernels_do_not_serve_what_they_cannot():
     inputs = made(15, 1, 4, 2, 130)
     with pytest.raises(ValueError, match="does not serve this call"):

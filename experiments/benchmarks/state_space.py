@@ -20,7 +20,7 @@ VOCAB = 65  # characters of tiny Shakespeare
 
 
 def state_space(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """One S4D and one S4 mixer forward: as a convolution, as a loop in one program, and as a call per token."""
+    """S4D and S4 forward: as a convolution, as a loop in one program, by default with its kernel kept, and a call per token."""
     rows, picks = [], {}
     for name in ("s4d", "s4"):
         for batch in args.batches:
@@ -45,6 +45,8 @@ def _faces(name: str, batch: int, length: int, args: argparse.Namespace) -> tupl
     variables = jax.jit(make().init)(jax.random.key(1), x[:, :2])
     ways = {how: jax.jit(make(implementation=how).apply) for how in ("convolution", "scan")}
     functions = {how: functools.partial(apply, variables, x) for how, apply in ways.items()}
+    kept = {**variables, **jax.jit(functools.partial(make().apply, mutable=["derived"]))(variables, x)[1]}
+    functions["kernel kept"] = functools.partial(jax.jit(make().apply), kept, x)
     step = jax.jit(make().apply)
     tokens = min(args.tokens, length)
 

@@ -102,9 +102,14 @@ class Mixer(nn.Module):
         if self.has_variable("derived", name):
             return self.get_variable("derived", name)
         value = make()
-        if not self.is_initializing() and self.is_mutable_collection("derived"):
+        if self.preparing:
             self.put_variable("derived", name, value)
         return value
+
+    @property
+    def preparing(self) -> bool:
+        """Whether this call is `Model.prepare`'s."""
+        return not self.is_initializing() and self.is_mutable_collection("derived")
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> State:

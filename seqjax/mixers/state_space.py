@@ -19,7 +19,7 @@ from seqjax.mixers.feed_forward import ACTIVATIONS
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import fft_size, long_convolution
 from seqjax.ops.segments import Segments, SegmentState, reversed_starts, segments
-from seqjax.ops.state_space import StateSpaceSystem
+from seqjax.ops.state_space import StateSpaceSystem, Times
 
 IMPLEMENTATIONS = ("convolution", "scan")
 OUTPUTS = {"glu": 2, "linear": 1, "none": 0}
@@ -121,9 +121,19 @@ class StateSpaceMixer(Mixer):
             self.refuse_state()
         system, u = self.derived("system", self.system), x.astype(self.wide)
         how = {"causal": self.causal, "implementation": self.implementation}
+        if state is None:
+            how["kernel"] = self._kept_kernel(system, x.shape[1])
         y, state = apply_system(system, u, state, segment_ids, **how)
         skip = self.vector("skip", nn.initializers.normal(1.0), (self.channels, self.embed_dim), ("channels", "embed"))
         return self._out(y + skip.astype(self.wide) * u[:, :, None]), state
+
+    def _kept_kernel(self, system: StateSpaceSystem, length: int) -> Float[Array, "M D S"] | None:
+        """The kernel that `Model.prepare` keeps for whole sequences, of the length that it was given."""
+        if self.preparing and length == 1:  # to decode
+            return None
+        if not self.preparing and not self.has_variable("derived", "kernel"):
+            return None
+        return self.derived("kernel", lambda: system.kernel(length))
 
     def _out(self, y: Float[Array, "B L M D"]) -> Float[Array, "B L D"]:
         y = ACTIVATIONS[self.activation](y.astype(self.dtype)).reshape(*y.shape[:2], self.channels * self.embed_dim)
@@ -224,19 +234,27 @@ def apply_system(
     *,
     causal: bool = True,
     implementation: str | None = None,
+    kernel: Float[Array, "M D S"] | None = None,
 ) -> tuple[Float[Array, "B L M D"], StateSpaceState | None]:
     """Both faces of a system: whole sequences by `run_system`, or a chunk that continues from a state, and the next one."""
     before = SegmentState.fresh(1 if segment_ids is None else u.shape[0]) if state is None else state.segment
     found, after = segments(segment_ids, before, u.shape[1])
     packed = segment_ids is not None
     if state is None:
-        return run_system(system, u, found if packed else None, causal=causal, implementation=implementation), None
+        how = {"causal": causal, "implementation": implementation, "kernel": kernel}
+        return run_system(system, u, found if packed else None, **how), None
     y, inner = system.scan(u, state.system, found.starts if packed else None)
     return y, StateSpaceState(system=inner, segment=after)
 
 
 def run_system(
-    system: StateSpaceSystem, u: Float[Array, "B L D"], found: Segments | None, *, causal: bool, implementation: str | None
+    system: StateSpaceSystem,
+    u: Float[Array, "B L D"],
+    found: Segments | None,
+    *,
+    causal: bool,
+    implementation: str | None,
+    kernel: Float[Array, "M D S"] | None = None,
 ) -> Float[Array, "B L M D"]:
     """The parallel face of a system: outputs for whole sequences, from an empty state.
 
@@ -244,33 +262,40 @@ def run_system(
       found: the segments of packed documents; None for one per row.
       causal: False runs the second half of the outputs backwards: they see the state of the next position.
       implementation: "convolution", "scan", or None for the faster by shape and platform.
+      kernel: the system's, if it was made before: S lags, at least as many as tokens.
     Raises:
-      ConfigError: segments in a convolution that sees both sides.
+      ConfigError: segments in a convolution that sees both sides, or more tokens than lags.
     """
     length, packed = u.shape[1], found is not None
-    ways = {"scan": functools.partial(_scan, system, causal), "convolution": functools.partial(_convolve, system, causal)}
+    if kernel is not None and kernel.shape[-1] < length:
+        raise ConfigError(
+            f"a sequence of {length} tokens is longer than the kernel of {kernel.shape[-1]} lags that prepare kept; "
+            f"allowed: up to {kernel.shape[-1]} tokens, or variables from prepare(..., length={length})."
+        )
+    convolve = functools.partial(_convolve, system, kernel, causal)
+    ways = {"scan": functools.partial(_scan, system, causal), "convolution": convolve}
     elsewhere = "scan" if length <= SCAN_UP_TO or (packed and not causal) else "convolution"
     # On CPU the divide and conquer over segments costs more than the loop.
-    on_cpu = "scan" if packed or _scans_faster_on_cpu(system, *u.shape, causal) else "convolution"
+    on_cpu = "scan" if packed or _scans_faster_on_cpu(system.times(), kernel is None, *u.shape, causal) else "convolution"
     if implementation or on_cpu == elsewhere:
         return ways[implementation or elsewhere](u, found)
     return jax.lax.platform_dependent(u, found, cpu=ways[on_cpu], default=ways[elsewhere])
 
 
-def _scans_faster_on_cpu(system: StateSpaceSystem, batch_size: int, length: int, width: int, causal: bool) -> bool:
-    times = system.times()
+def _scans_faster_on_cpu(times: Times, makes_kernel: bool, batch_size: int, length: int, width: int, causal: bool) -> bool:
     transforms = (2 + times.outputs) * TRANSFORM_TIME * math.log2(2 * length)
     scan = batch_size * length * width * times.step * (1 if causal else 2)
-    return scan < times.setup + length * width * (times.lag + batch_size * transforms)
+    kernel = times.setup + length * width * times.lag if makes_kernel else 0
+    return scan < kernel + batch_size * length * width * transforms
 
 
-def _convolve(system: StateSpaceSystem, causal: bool, u: Array, found: Segments | None) -> Array:
+def _convolve(system: StateSpaceSystem, kernel: Array | None, causal: bool, u: Array, found: Segments | None) -> Array:
     if found is not None and not causal:
         raise ConfigError(
             "segment_ids with model.causal=False and model.implementation='convolution': a convolution that sees both "
             "sides takes no segments; allowed: implementation='scan' or None."
         )
-    kernel = system.kernel(u.shape[1])
+    kernel = system.kernel(u.shape[1]) if kernel is None else kernel[..., : u.shape[1]]
     forward, backward = (kernel, None) if causal else jnp.split(kernel, 2)
     return long_convolution(u, forward, reverse_kernel=backward, runs=None if found is None else found.runs)[0]
 

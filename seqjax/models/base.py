@@ -168,15 +168,20 @@ class Model(nn.Module):
         return tuple(dict.fromkeys(group for mixer in self.mixers() for group in mixer.optimizer_groups))
 
     @nn.nowrap
-    def prepare(self, variables: Any) -> Any:
+    def prepare(self, variables: Any, length: int | None = None) -> Any:
         """Variables with constants derived from them (a discretised system, say) in the collection "derived".
 
         `generate` calls it once, so that no token makes them again. They are wrong for other parameters.
+
+        Args:
+          length: of the longest whole sequence to come: what depends on it, such as a convolution's kernel, is kept as well.
         """
         if not any(mixer.derives for mixer in self.mixers()):
             return variables
-        token = jnp.zeros((1, 1), jnp.int32) if self.input_dim is None else jnp.zeros((1, 1, self.input_dim))
-        _, made = self.apply(variables, token, mutable=["derived"])
+        shape = (1, 2) if self.head == "matching" else (1,)
+        shape = (*shape, length or 1)
+        inputs = jnp.zeros(shape, jnp.int32) if self.input_dim is None else jnp.zeros((*shape, self.input_dim))
+        _, made = self.apply(variables, inputs, mutable=["derived"])
         return {**variables, **made}
 
 

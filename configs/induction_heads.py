@@ -10,7 +10,7 @@ from seqjax import experiment_config
 def get_config(mixer="mamba"):
     return experiment_config(
         model={"name": mixer, "embed_dim": 64, "num_layers": 2, "unroll": 0, "embed_init": 64**-0.5},
-        data={"name": "induction_heads", "sequence_length": 256, "batch_size": 32},
+        data={"name": "induction_heads", "sequence_length": 256, "batch_size": 16},
         optimizer={
             "name": "adamw",
             "learning_rate": 2e-3,
@@ -20,5 +20,5 @@ def get_config(mixer="mamba"):
             "beta2": 0.98,
             "clip_norm": 1.0,
         },
-        training={"num_steps": 3000, "log_every": 100, "eval_every": 500, "checkpoint_every": 500},
+        training={"num_steps": 4000, "log_every": 100, "eval_every": 500, "checkpoint_every": 500},
     )

@@ -6,7 +6,8 @@ python experiments/benchmark.py attention --rounds=20
 python experiments/benchmark.py scan --shapes 1x1024x256x16
 python experiments/benchmark.py state_space --batches 1 8 --lengths 256 4096
 python experiments/benchmark.py selective_scan --shapes 4x1024x256x16
-python experiments/benchmark.py decode --out=docs/results/state_space_decode.json
+python experiments/benchmark.py selective_scan --shapes 8x4096x2048x16 --dtype bfloat16 --rounds 20  # on a GPU
+python experiments/benchmark.py decode --out=docs/results/decode.json
 """
 
 from __future__ import annotations
@@ -54,11 +55,12 @@ def parser() -> argparse.ArgumentParser:
     command(scan, 5).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, D, N, such as 1x1024x256x16")
     selective = command(selective_scan, 5, layers=4, width=256, batch=4, length=1024)
     selective.add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, E, N, such as 1x1024x256x16")
+    selective.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the scans' inputs")
     faces = command(state_space, 3, width=256, state=64, tokens=64)
     faces.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     faces.add_argument("--lengths", type=int, nargs="+", default=[4**n for n in range(2, 8)])
     long = command(decode, 3, layers=2, width=256, heads=4, state=64, tokens=64, again=2, new_tokens=4096)
-    long.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(8, 15)])
+    long.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(8, 17)])
     return made
 
 

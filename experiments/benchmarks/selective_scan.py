@@ -1,9 +1,10 @@
-"""The selective scan beside what JAX offers for it, alone and in a Mamba's training step."""
+"""The selective scan beside what JAX and CUDA offer for it, alone and in a Mamba's training step."""
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -24,48 +25,103 @@ VOCAB = 256  # bytes
 
 
 def selective_scan(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """The selective scan against `lax.scan` and `lax.associative_scan` with their autodiff; and training steps of Mamba."""
-    op.IMPLEMENTATIONS.update({name: run for name, run in COMPETITORS.items() if name != "xla"})
+    """The selective scan against `lax.scan` and `lax.associative_scan` with their autodiff, and on a GPU against mamba_ssm's
+    CUDA kernel where it is installed; its errors on an accelerator; and training steps of Mamba."""
+    op.IMPLEMENTATIONS.update(COMPETITORS)
     rows, checks = [], {}
+    if jax.default_backend() != "cpu":
+        checks["errors"] = {"x".join(map(str, shape)): _errors(shape) for shape in CHECKED}
     for shape in args.shapes:
         label = {"B,L,E,N": "x".join(map(str, shape))}
-        found, figures = _scans(shape, args.rounds)
+        found, figures = _scans(shape, args.dtype, args.rounds)
         rows += [label | row for row in found]
         checks[label["B,L,E,N"]] = figures
     found, checks["training step"] = _training(args)
     return rows + found, checks
 
 
-def _scans(shape: tuple[int, ...], rounds: int) -> tuple[Rows, dict[str, float]]:
+def _ours() -> str:
+    """The implementation that this process's platform runs."""
+    return {"gpu": "pallas_gpu", "tpu": "pallas_tpu"}.get(jax.default_backend(), "xla")
+
+
+def _inputs(shape: tuple[int, ...], dtype: Any) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """`u, dt, A, B, C` and a cotangent of the output."""
     batch, length, width, modes = shape
     keys = jax.random.split(jax.random.key(0), 6)
-    u, cotangent = (jax.random.normal(key, (batch, length, width)) for key in keys[:2])
-    dt = jax.nn.softplus(jax.random.normal(keys[2], (batch, length, width)) - 4)
+    u, cotangent = (jax.random.normal(key, (batch, length, width), dtype) for key in keys[:2])
+    dt = jax.nn.softplus(jax.random.normal(keys[2], (batch, length, width)) - 4).astype(dtype)
     A = -jnp.tile(jnp.arange(1.0, modes + 1), (width, 1))
-    B, C = (jax.random.normal(key, (batch, length, modes)) for key in keys[3:5])
+    B, C = (jax.random.normal(key, (batch, length, modes), dtype) for key in keys[3:5])
+    return (u, dt, A, B, C), cotangent
+
+
+def _errors(shape: tuple[int, ...]) -> dict[str, float]:
+    """Largest errors relative to the largest entry, of the output and of each gradient, against the loop in float64."""
+    inputs, cotangent = _inputs(shape, jnp.float32)
+    found = jax.jit(forward_backward(functools.partial(op.selective_scan, implementation=_ours()), cotangent))(*inputs)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a), jnp.float64) for a in (*inputs, cotangent)]
+        loop = functools.partial(op.selective_scan, implementation="reference")
+        exact = jax.jit(forward_backward(loop, wide[-1]))(*wide[:-1])
+    names = ("y", "u", "dt", "A", "B", "C")
+    pairs = zip(names, jax.tree.leaves(found), jax.tree.leaves(exact))
+    return {name: float(np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(b).max()) for name, a, b in pairs}
+
+
+def _scans(shape: tuple[int, ...], dtype: str, rounds: int) -> tuple[Rows, dict[str, float]]:
+    inputs, cotangent = _inputs(shape, dtype)
+    updates, ours = int(np.prod(shape)), _ours()
+    fits = MATERIALISED_UP_TO * (1 if ours == "xla" else 64)
     functions, outputs = {}, {}
-    for name in COMPETITORS:
+    for name in dict.fromkeys((ours, "xla", *COMPETITORS)):
         run = functools.partial(op.selective_scan, implementation=name)
-        functions[name, "forward"] = functools.partial(jax.jit(run), u, dt, A, B, C)
-        if name != "lax.associative_scan" or batch * length * width * modes <= MATERIALISED_UP_TO:
-            both = jax.jit(forward_backward(run, cotangent))
-            functions[name, "forward+backward"] = functools.partial(both, u, dt, A, B, C)
-        outputs[name] = np.asarray(functions[name, "forward"]())
+        functions[name, "forward"] = functools.partial(jax.jit(run), *inputs)
+        if name != "lax.associative_scan" or updates <= fits:
+            functions[name, "forward+backward"] = functools.partial(jax.jit(forward_backward(run, cotangent)), *inputs)
+        outputs[name] = np.asarray(functions[name, "forward"]().astype(jnp.float32))
+    if jax.default_backend() == "gpu" and importlib.util.find_spec("mamba_ssm"):
+        functions |= _mamba_ssm(inputs, cotangent)
     timings = time_side_by_side(functions, rounds)
-    updates = batch * length * width * modes
     rows = [
         {"function": name, "pass": kind} | {key: value for key, value in row.items() if key != "function"}
         for (name, kind), row in zip(timings, compared(timings, ("lax.scan", "forward"), updates))
     ]
-    ours = timings["xla", "forward"]
+    forward, both = timings[ours, "forward"], timings[ours, "forward+backward"]
     figures = {
-        "updates_per_s": updates / ours.median,
-        "forward_backward_over_forward": timings["xla", "forward+backward"].median / ours.median,
-        "forward_over_associative_scan": ours.speedup(timings["lax.associative_scan", "forward"]),
-        "forward_backward_over_lax_scan": timings["xla", "forward+backward"].speedup(timings["lax.scan", "forward+backward"]),
-        "max_relative_difference": max(float(np.abs(y - outputs["xla"]).max() / np.abs(y).max()) for y in outputs.values()),
+        "implementation": ours,
+        "updates_per_s": updates / forward.median,
+        "forward_backward_over_forward": both.median / forward.median,
+        "forward_over_associative_scan": forward.speedup(timings["lax.associative_scan", "forward"]),
+        "forward_backward_over_lax_scan": both.speedup(timings["lax.scan", "forward+backward"]),
+        "max_relative_difference": max(float(np.abs(y - outputs[ours]).max() / np.abs(y).max()) for y in outputs.values()),
     }
     return rows, figures
+
+
+def _mamba_ssm(inputs: tuple[jax.Array, ...], cotangent: jax.Array) -> dict[tuple[str, str], Callable]:
+    """The authors' CUDA kernel, in their layout `[B, E, L]`."""
+    import torch
+    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+
+    def tensor(a: jax.Array, *order: int) -> torch.Tensor:
+        given = torch.tensor(np.asarray(a.astype(jnp.float32)).transpose(order)).contiguous().cuda()
+        return given.to(getattr(torch, a.dtype.name)).requires_grad_()
+
+    u, dt, A, B, C = inputs
+    given = [tensor(a, 0, 2, 1) for a in (u, dt)] + [tensor(A, 0, 1)] + [tensor(a, 0, 2, 1) for a in (B, C)]
+    d_y = tensor(cotangent, 0, 2, 1).detach()
+
+    def forward() -> None:
+        with torch.no_grad():
+            selective_scan_fn(*given)
+        torch.cuda.synchronize()
+
+    def both() -> None:
+        torch.autograd.grad(selective_scan_fn(*given), given, d_y)
+        torch.cuda.synchronize()
+
+    return {("mamba_ssm", "forward"): forward, ("mamba_ssm", "forward+backward"): both}
 
 
 def _training(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
@@ -73,14 +129,14 @@ def _training(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     tokens = np.random.default_rng(0).integers(VOCAB, size=(args.batch, args.length + 1))
     batch = {"inputs": jnp.asarray(tokens[:, :-1], jnp.int32), "targets": jnp.asarray(tokens[:, 1:], jnp.int32)}
     sizes = {"vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers}
-    steps = {}
-    for name in COMPETITORS:
+    steps, ours = {}, _ours()
+    for name in (ours, *COMPETITORS):
         model = seqjax.build({"name": "mamba", "implementation": name, **sizes})
         variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), batch["inputs"][:, :2]))
         steps[f"Mamba, {name}"] = train_step_of(model, variables, batch)
     losses = {name: float(step()) for name, step in steps.items()}
     timings = time_side_by_side(steps, args.rounds)
-    speedups = {name: timings["Mamba, xla"].speedup(timing) for name, timing in timings.items()}
+    speedups = {name: timings[f"Mamba, {ours}"].speedup(timing) for name, timing in timings.items()}
     rows = [{"pass": "training step"} | row for row in compared(timings, "Mamba, lax.scan", batch["inputs"].size)]
     return rows, {"first_loss": losses, "speedup_over": speedups}
 
@@ -117,7 +173,10 @@ def _materialised(delta: jax.Array, inputs: Inputs) -> tuple:
 
 
 COMPETITORS = {
-    "xla": None,
     "lax.scan": functools.partial(_plain, _loop),
     "lax.associative_scan": functools.partial(_plain, _materialised),
 }
+"""Implementations that only this benchmark registers."""
+
+CHECKED = ((1, 7, 128, 16), (2, 1024, 256, 16), (1, 4099, 256, 4), (2, 512, 384, 64))
+"""Shapes at which an accelerator's kernel is held against the loop."""

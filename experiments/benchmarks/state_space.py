@@ -64,18 +64,22 @@ def _faces(name: str, batch: int, length: int, args: argparse.Namespace) -> tupl
 
 
 def decode(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """Time per generated token against the length of the context: carried states, a key-value cache, convolving again."""
-    models = {name: _model(name, args) for name in ("s4", "s4d", "transformer")}
+    """Time per generated token and bytes of state against the length of the context: carried states, a key-value cache,
+    convolving again."""
+    models = {name: _model(name, args) for name, carried in WAYS if carried}
     again = {name: (_build(name, args, implementation="convolution"), models[name][1]) for name in ("s4", "s4d")}
     rows = []
     for length in args.lengths:
         functions = {WAYS[name, True]: _carried(*model, length, args.tokens) for name, model in models.items()}
         functions |= {WAYS[name, False]: _again(*again[name], length, args.again) for name in ("s4", "s4d")}
-        steps = {way: args.tokens if carried else args.again for (_, carried), way in WAYS.items()}
-        for way, timing in time_side_by_side(functions, args.rounds).items():
-            per_token = Timing(tuple(s / steps[way] for s in timing.seconds))
+        timings = time_side_by_side(functions, args.rounds)
+        for (name, carried), way in WAYS.items():
+            steps = args.tokens if carried else args.again
+            per_token = Timing(tuple(s / steps for s in timings[way].seconds))
             quartiles = " to ".join(f"{q:.4g}" for q in per_token.quartiles)
-            rows.append({"way": way, "length": length, "s_per_token": per_token.median, "quartiles_s": quartiles})
+            held = models[name][0].costs(length).state_bytes if carried else 0
+            figures = {"s_per_token": per_token.median, "quartiles_s": quartiles, "state_bytes": held}
+            rows.append({"way": way, "length": length, **figures})
     if args.out:
         _plot(rows, pathlib.Path(args.out).with_suffix(".png"))
     return rows, {f"{args.new_tokens} tokens by {name}": _long(name, *models[name], rows, args) for name in ("s4", "s4d")}
@@ -84,6 +88,7 @@ def decode(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
 WAYS = {
     ("s4", True): "S4, carried state",
     ("s4d", True): "S4D, carried state",
+    ("mamba", True): "Mamba, carried state",
     ("transformer", True): "Transformer, key-value cache",
     ("s4", False): "S4, convolved again",
     ("s4d", False): "S4D, convolved again",
@@ -97,7 +102,7 @@ def _model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _build(name: str, args: argparse.Namespace, **options: str) -> Any:
-    own = {"num_heads": args.heads} if name == "transformer" else {"state_dim": args.state}
+    own = {"transformer": {"num_heads": args.heads}, "mamba": {}}.get(name, {"state_dim": args.state})
     sizes = {"vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers}
     return seqjax.build({"name": name, **sizes, **own, **options})
 
@@ -150,14 +155,18 @@ def _plot(rows: Rows, path: pathlib.Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    times, bytes_held = figure.subplots(1, 2)
     for (_, carried), way in WAYS.items():
-        points = [(row["length"], 1e3 * row["s_per_token"]) for row in rows if row["way"] == way]
-        axes.plot(*zip(*points), "o-" if carried else "o--", markersize=4, label=way)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="ms per token")
-    axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
-    axes.legend()
+        found = [row for row in rows if row["way"] == way]
+        lengths, line = [row["length"] for row in found], "o-" if carried else "o--"
+        times.plot(lengths, [1e3 * row["s_per_token"] for row in found], line, markersize=4, label=way)
+        if carried:
+            bytes_held.plot(lengths, [row["state_bytes"] for row in found], line, markersize=4, label=way)
+    for axes, label in ((times, "ms per token"), (bytes_held, "bytes of state of one sequence")):
+        axes.set(yscale="log", xlabel="tokens of context", ylabel=label)
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    times.legend(fontsize="small")
     figure.savefig(path, dpi=120)

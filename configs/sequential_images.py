@@ -1,4 +1,4 @@
-"""Images pixel by pixel, classified by a small state-space model: sMNIST, pMNIST, sCIFAR.
+"""Images pixel by pixel, classified by a small recurrent model: sMNIST, pMNIST, sCIFAR.
 
 The argument names the mixer and the data, `--config=configs/sequential_images.py:s4d,smnist` (the default). The images come
 through TFDS, or from a folder given with `--config.data.manual_dir=...`. Sizes suit two CPU cores: an epoch and a half of
@@ -11,8 +11,11 @@ from seqjax.config import choose
 MODELS = {
     "dss": {"state_dim": 16},
     "gss": {"state_dim": 16, "inner_dim": 32},
+    "hydra": {"state_dim": 16, "head_dim": 16, "causal": False},
     "lmu": {"state_dim": 64, "theta": 784.0, "num_layers": 1, "embed_dim": 128},
     "lssl": {"state_dim": 32},
+    "mamba": {"state_dim": 8},
+    "mamba2": {"state_dim": 16, "head_dim": 16},
     "s4": {"state_dim": 32},
     "s4d": {"state_dim": 32},
     "s5": {"state_dim": 64},

@@ -94,6 +94,15 @@ def test_every_config_is_in_the_readme_and_builds():
         assert outputs.shape == wanted
 
 
+@pytest.mark.parametrize("config", ["python_bytes", "etth1_variates"])
+def test_every_model_that_a_config_names_builds(config):
+    scope: dict = {}
+    exec((ROOT / f"configs/{config}.py").read_text(), scope)
+    sizes = {"python_bytes": {"vocab_size": 257}, "etth1_variates": {"input_dim": 7, "output_dim": 7, "horizon": 96}}[config]
+    for name in scope["MODELS"]:
+        seqjax.build({**scope["get_config"](name).model.to_dict(), **sizes})
+
+
 @pytest.mark.parametrize("data", ["smnist", "pmnist", "scifar"])
 def test_sequential_images_has_a_config_for_every_mixer(data):
     scope: dict = {}

@@ -22,6 +22,7 @@ from seqjax.registry import register_task
 VALIDATION_FRACTION = 0.1
 BASELINE_PIXELS = 8_000_000
 """Of a split, at most, that `baselines` reads."""
+NUM_CLASSES = 10
 BOS_ID = 256  # before the first pixel value, of 0-255
 GRAY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
@@ -67,7 +68,8 @@ class SequentialImages(Task):
     - `objective="classify"`: `inputs` `[L, C]` float32, `(pixel / 255 - mean) / std` by channel with the constants of
       `DATASETS`; `targets` the label. L = 784 for MNIST, 1024 for CIFAR-10.
     - `objective="density"`: `targets` the pixel values 0-255, `inputs` the same shifted by one after a beginning id of
-      256; the channels of a pixel follow one another (CIFAR-10 in colour: L = 3072).
+      256, or of 256 + label with `class_conditional`; the channels of a pixel follow one another (CIFAR-10 in colour:
+      L = 3072).
 
     The last 10 % of a fixed permutation of the official training images are the validation split; "test" is the official
     test split. Images come from the public TFDS builder, or, with `manual_dir`, from a file there:
@@ -79,6 +81,7 @@ class SequentialImages(Task):
     Attributes:
       dataset: "mnist" or "cifar10".
       objective: "classify" or "density".
+      class_conditional: the beginning id of a density tells the label.
       permuted: pixels in a fixed random order (psMNIST), the same for every `seed`.
       grayscale: one channel instead of three, for CIFAR-10.
       manual_dir: folder of the file to use instead of a download.
@@ -90,6 +93,7 @@ class SequentialImages(Task):
 
     dataset: str = "mnist"
     objective: str = "classify"
+    class_conditional: bool = False
     permuted: bool = False
     grayscale: bool = False
     manual_dir: str | None = None
@@ -101,6 +105,10 @@ class SequentialImages(Task):
         choose(dict.fromkeys(("classify", "density")), self.objective, "data.objective")
         if self.grayscale and image_set.gray is None:
             raise ConfigError(f"data.grayscale=True has no meaning for data.dataset={self.dataset!r}, which is gray already.")
+        if self.class_conditional and self.objective == "classify":
+            raise ConfigError(
+                "data.class_conditional=True with data.objective='classify' gives the answer away; allowed: False."
+            )
         if self.manual_dir is not None and not self._manual_path.is_file():
             raise ConfigError(f"data.manual_dir={self.manual_dir!r} must hold the file {image_set.manual_file}; it does not.")
 
@@ -131,11 +139,13 @@ class SequentialImages(Task):
 
     @property
     def vocab_size(self) -> int | None:
-        return None if self.objective == "classify" else BOS_ID + 1
+        if self.objective == "classify":
+            return None
+        return BOS_ID + (NUM_CLASSES if self.class_conditional else 1)
 
     @property
     def num_classes(self) -> int | None:
-        return 10 if self.objective == "classify" else None
+        return NUM_CLASSES if self.objective == "classify" else None
 
     @property
     def loss_unit(self) -> str:
@@ -201,7 +211,8 @@ class SequentialImages(Task):
             inputs = (pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
             return {"inputs": inputs, "targets": np.int32(label), "weights": np.float32(1)}
         targets = pixels.reshape(-1).astype(np.int32)
-        inputs = np.concatenate([[BOS_ID], targets[:-1]], dtype=np.int32)
+        first = BOS_ID + (int(label) if self.class_conditional else 0)
+        inputs = np.concatenate([[first], targets[:-1]], dtype=np.int32)
         return {"inputs": inputs, "targets": targets, "weights": np.ones(len(targets), np.float32)}
 
 
@@ -241,7 +252,7 @@ def _manual_images(dataset: str, path: Path, content: str, data_dir: str | None)
         import tensorflow_datasets as tfds
 
         image = tfds.features.Tensor(shape=DATASETS[dataset].shape, dtype=np.uint8, encoding="bytes")
-        return {"image": image, "label": tfds.features.ClassLabel(num_classes=10)}
+        return {"image": image, "label": tfds.features.ClassLabel(num_classes=NUM_CLASSES)}
 
     def reader(split: str) -> Callable[[], Iterator[dict[str, Any]]]:
         return lambda: _read_images(path, split, DATASETS[dataset].shape)

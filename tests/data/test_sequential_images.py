@@ -50,6 +50,19 @@ def test_density_predicts_each_pixel_from_those_before(make_task):
     assert np.array_equal(test["inputs"][:, 1:], test["targets"][:, :-1])
 
 
+def test_a_conditional_density_begins_with_the_class(make_task):
+    task, plain = make_task(objective="density", class_conditional=True), make_task(objective="density")
+    labels = whole(make_task(), "test")["targets"]
+    assert len(set(labels.tolist())) > 1
+    found, expected = whole(task, "test"), whole(plain, "test")
+    assert task.vocab_size == 266
+    assert np.array_equal(found["inputs"][:, 0], 256 + labels)
+    assert np.array_equal(found["inputs"][:, 1:], expected["inputs"][:, 1:])
+    assert np.array_equal(found["targets"], expected["targets"])
+    with pytest.raises(ConfigError, match="gives the answer away"):
+        make_task(class_conditional=True)
+
+
 def test_density_is_read_against_models_of_few_pixels(make_task):
     task = make_task(objective="density")
     pixels = np.concatenate([task.examples("validation")[i]["targets"] for i in range(len(task.examples("validation")))])

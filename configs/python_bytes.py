@@ -1,0 +1,61 @@
+"""Byte-level language models on Python's own standard library: the quickstart's data and step budget, to compare with.
+
+The argument names the model, `--config=configs/python_bytes.py:mamba` (the default), `mamba2` or a hybrid with attention:
+
+- `gss_hybrid`: three gated state-space blocks to one of attention (Mehta et al. 2022);
+- `jamba`: three Mamba blocks to one of attention, each with a feed-forward, no positions (Lieber et al. 2024, without their
+  mixtures of experts);
+- `mamba2_hybrid`: as `jamba` with Mamba-2.
+
+Attention in hybrids sees a window of 64 bytes; what is further back reaches it through the recurrent blocks alone.
+"""
+
+from seqjax import experiment_config
+from seqjax.config import choose
+
+LOCAL = {"name": "attention", "window": 64}
+RECURRENT = {"position": "none", "norm": "rms"}
+MODELS = {
+    "mamba": {"name": "mamba", "num_layers": 6},
+    "mamba2": {"name": "mamba2", "num_layers": 6, "state_dim": 64},
+    "gss_hybrid": {
+        "name": "gss",
+        "pattern": (("gss",), ("gss",), ("gss",), (LOCAL, "mlp")),
+        "state_dim": 32,
+        "num_heads": 4,
+        "position": "rope",
+    },
+    "jamba": {
+        "name": "mamba",
+        "pattern": (("mamba", "glu"), ("mamba", "glu"), (LOCAL | {"position": "none"}, "glu"), ("mamba", "glu")),
+        "num_heads": 4,
+        **RECURRENT,
+    },
+    "mamba2_hybrid": {
+        "name": "mamba2",
+        "pattern": (("mamba2", "glu"), ("mamba2", "glu"), (LOCAL | {"position": "none"}, "glu"), ("mamba2", "glu")),
+        "num_heads": 4,
+        "state_dim": 64,
+        **RECURRENT,
+    },
+}
+
+
+def get_config(model="mamba"):
+    chosen = choose(MODELS, model, "the config's model")
+    return experiment_config(
+        model={"embed_dim": 128, "num_layers": 4, "unroll": 0, "embed_init": 128**-0.5} | chosen,
+        data={"name": "python_source", "batch_size": 8, "sequence_length": 256},
+        optimizer={
+            "name": "adamw",
+            "learning_rate": 2.5e-3,
+            "schedule": "cosine",
+            "warmup_steps": 100,
+            "final_fraction": 0.02,
+            "weight_decay": 0.1,
+            "beta2": 0.98,
+            "clip_norm": 1.0,
+            "groups": {"state_space": {"learning_rate": 1e-3, "weight_decay": 0.0}},
+        },
+        training={"num_steps": 2000, "log_every": 20, "eval_every": 1000, "checkpoint_every": 250, "sample_tokens": 300},
+    )

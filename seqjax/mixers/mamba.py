@@ -21,6 +21,7 @@ from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail
 from seqjax.ops.segments import SegmentState, reversed_starts, segments
 from seqjax.ops.selective_scan import IMPLEMENTATIONS, selective_scan
+from seqjax.parallel.rules import current_spec
 from seqjax.registry import register_mixer
 
 SELECTIVE = ("dt", "B", "C")
@@ -175,6 +176,7 @@ class Mamba(Mixer):
             return_state=True,
             chunk_size=self.chunk_size,
             implementation=self.implementation,
+            spec=current_spec(("batch", None, "mlp_act"), u.shape),
         )
         return y, tail, system
 

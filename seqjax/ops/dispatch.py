@@ -29,8 +29,20 @@ def dispatch(implementation: str | None, available: Mapping[str, Callable[..., A
                 f"{', '.join(sorted(available))}."
             )
         return available[implementation](*args)
-    backend = jax.default_backend()
-    for name, (wanted, platform) in PLATFORM_KERNELS.items():
-        if name in available and wanted == backend:
-            return jax.lax.platform_dependent(*args, **{platform: available[name]}, default=available["xla"])
+    kernel = platform_kernel()
+    if kernel in available:
+        _, platform = PLATFORM_KERNELS[kernel]
+        return jax.lax.platform_dependent(*args, **{platform: available[kernel]}, default=available["xla"])
     return available["xla"](*args)
+
+
+def platform_kernel() -> str | None:
+    """The kernels' name on the platform that this process runs on; None where it has none."""
+    backend = jax.default_backend()
+    return next((name for name, (wanted, _) in PLATFORM_KERNELS.items() if wanted == backend), None)
+
+
+def undivided_mesh() -> bool:
+    """Whether no array here is divided over devices: kernels take whole arrays, or each device's part in a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return all(size == 1 or axis in mesh.manual_axes for axis, size in mesh.shape.items())

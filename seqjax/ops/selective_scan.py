@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from seqjax.ops.complex_pairs import Pair, add, exponential, product, real_product, scale
-from seqjax.ops.dispatch import dispatch
+from seqjax.ops.dispatch import PLATFORM_KERNELS, dispatch, platform_kernel, undivided_mesh
 from seqjax.ops.kernels.selective_scan import Inputs
 from seqjax.ops.recurrence import chunk_size_for, chunked, joined, recurrence, reset, scan_chunks, sum_modes
 from seqjax.ops.segments import reversed_starts
@@ -36,6 +36,7 @@ def selective_scan(
     implementation: str | None = None,
     *,
     starts: Bool[Array, "B L"] | None = None,
+    spec: PartitionSpec | None = None,
 ) -> Array | tuple[Array, Array | Pair]:
     """`h_t = exp(delta_t A) h_(t-1) + delta_t u_t B_t`, `y_t = C_t h_t + D u_t`, times `silu(z_t)` (Gu and Dao 2023).
 
@@ -57,6 +58,7 @@ def selective_scan(
       implementation: "xla", "pallas_tpu", "pallas_gpu" or "reference" (a plain loop that JAX differentiates); None takes the
         kernel of the platform that this process runs on, where it serves the call, and else "xla".
       starts: in place of `segment_ids`: where a segment starts, the first token included.
+      spec: how the current mesh divides u, in batch and features: a kernel then runs on each device's part.
     Returns:
       `[B, L, E]` in the dtype of `u`.
     Raises:
@@ -78,6 +80,10 @@ def selective_scan(
     groups = B.shape[2] if B.ndim == 4 else 1
     if features % groups:
         raise ValueError(f"{groups} groups do not divide {features} features.")
+    if spec is not None and (implementation or platform_kernel()) in PLATFORM_KERNELS and not undivided_mesh():
+        how = {"dt_softplus": dt_softplus, "reverse": reverse, "chunk_size": chunk_size, "implementation": implementation}
+        y, last = _divided(spec, how, (u, dt, A, B, C, D, z, dt_bias, h0, starts))
+        return (y, last) if return_state else y
     wide = jnp.promote_types(A.dtype, jnp.float32)
     rows = functools.partial(_to_rows, groups=groups)
     weights = lambda w: (
@@ -102,6 +108,22 @@ def selective_scan(
     y, last = dispatch(implementation, available, inputs)
     y, last = (_from_rows(a, batch_size) for a in (y, last))
     return (y, last) if return_state else y
+
+
+def _divided(spec: PartitionSpec, how: dict[str, Any], inputs: tuple) -> tuple[Array, Array]:
+    """The scan of each device's rows and features by itself. Features stay whole where their division would cut groups."""
+    rows, _, features = spec
+    grouped = inputs[3].ndim == 4 and inputs[3].shape[2] > 1
+    features = None if grouped else features
+    spec = PartitionSpec(rows, None, features)
+
+    def part(u, dt, A, B, C, D, z, dt_bias, h0, starts):
+        return selective_scan(u, dt, A, B, C, D, z, dt_bias, h0=h0, starts=starts, return_state=True, **how)
+
+    of_feature, of_token, of_state = PartitionSpec(features), PartitionSpec(rows), PartitionSpec(rows, None, features)
+    specs = (spec, spec, of_feature, of_token, of_token, of_feature, spec, of_feature, of_state, of_token)
+    # Absent inputs are empty trees, which take any spec; types of replication stop at kernels.
+    return jax.shard_map(part, in_specs=specs, out_specs=(spec, of_state), check_vma=False)(*inputs)
 
 
 def _to_rows(a: Float[Array, "B X E"], groups: int) -> Float[Array, "R X F"]:
@@ -307,8 +329,7 @@ def _serves(implementation: str, inputs: Inputs) -> bool:
         return False
     arrays = jax.tree.leaves(inputs._replace(starts=None))
     narrow = all(a.dtype in (jnp.float32, jnp.bfloat16) for a in arrays)
-    whole = math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1  # XLA cannot divide a kernel over devices
-    return narrow and whole and inputs.u.shape[1] > 1 and inputs.A.shape[1] <= LARGEST_KERNEL_STATE
+    return narrow and undivided_mesh() and inputs.u.shape[1] > 1 and inputs.A.shape[1] <= LARGEST_KERNEL_STATE
 
 
 KERNEL_CHUNK = 128

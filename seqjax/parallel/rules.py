@@ -86,6 +86,12 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
     return PartitionSpec(*spec)
 
 
+def current_spec(names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec | None:
+    """How the current mesh splits an array, as `partition_spec`; None where it has one device at most."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return partition_spec(names, shape, mesh) if mesh.size > 1 else None
+
+
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for each array of a boxed (abstract) tree of variables; the result has no boxes."""
 

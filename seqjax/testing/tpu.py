@@ -28,7 +28,7 @@ TOPOLOGIES = {
     "v5p": ("v5p:2x2x1", {}),
     "v6e": ("v6e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
 }
-"""Chips that can be compiled for: the smallest topology of each, of which one chip is used."""
+"""Chips that can be compiled for, and the smallest topology of each; v5p's has four."""
 
 
 class Loop(NamedTuple):
@@ -60,7 +60,7 @@ def compile_for(chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct)
       ImportError: libtpu is missing.
       ValueError: unknown chip.
     """
-    sharding = NamedSharding(Mesh(np.array(_devices(chip)[:1]), ("chip",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array(devices(chip)[:1]), ("chip",)), PartitionSpec())
     placed = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     return jax.jit(function).trace(*placed).lower(lowering_platforms=("tpu",)).compile()
 
@@ -77,7 +77,7 @@ def schedule(chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct, ke
       RuntimeError: the compiler wrote no schedule: libtpu was loaded before this module could ask for it, or there is no such
         kernel.
     """
-    _devices(chip)
+    devices(chip)
     folder = pathlib.Path(_dump_folder().name)
     for file in folder.iterdir():
         file.unlink()
@@ -112,7 +112,13 @@ def _dump_folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _devices(chip: str) -> list:
+def devices(chip: str) -> list:
+    """The chips of a topology, to compile programs for, sharded ones too; nothing runs on them.
+
+    Raises:
+      ImportError: libtpu is missing.
+      ValueError: unknown chip.
+    """
     if missing := libtpu_missing():
         raise ImportError(missing)
     if chip not in TOPOLOGIES:

@@ -8,6 +8,9 @@ import pytest
 import seqjax
 from seqjax.config import ConfigError
 from seqjax.mixers.mamba import Mamba
+from seqjax.parallel.mesh import MeshConfig, make_mesh
+from seqjax.parallel.rules import batch_sharding, shardings, unboxed, use_mesh
+from seqjax.testing import tpu
 
 WIDTH, LENGTH = 8, 11
 
@@ -145,3 +148,21 @@ def test_bidirectional_carries_no_state():
     state = Mamba(embed_dim=WIDTH, state_dim=4).init_state(2, 8)
     with pytest.raises(ConfigError, match="carries no state"):
         mixer.apply(variables, x, state)
+
+
+@pytest.mark.skipif(tpu.libtpu_missing() is not None, reason=str(tpu.libtpu_missing()))
+def test_four_chips_scan_each_its_part():
+    """Forward and backward kernels on rows and features of one chip each, in a program divided over a mesh."""
+    mixer = Mamba(embed_dim=128, implementation="pallas_tpu")
+    x = jax.ShapeDtypeStruct((8, 64, 128), jnp.float32)
+    boxed = jax.eval_shape(mixer.init, jax.random.key(0), x)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), tpu.devices("v5p"))
+    placed = lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+    with use_mesh(mesh):
+        variables = jax.tree.map(placed, unboxed(boxed), shardings(boxed, mesh))
+        x = placed(x, batch_sharding(x.shape, mesh))
+        gradient = jax.jit(jax.grad(lambda variables, x: mixer.apply(variables, x)[0].sum(), argnums=(0, 1)))
+        program = gradient.trace(variables, x).lower(lowering_platforms=("tpu",)).compile().as_text()
+    kernels = [line for line in program.splitlines() if 'custom_call_target="tpu_custom_call"' in line]
+    assert len(kernels) == 2
+    assert all("f32[4,64,128]" in line and "f32[8," not in line for line in kernels)  # half of the rows and of 256 features

@@ -7,15 +7,12 @@ For example:
 
 from __future__ import annotations
 
-import ast
 import json
 import sys
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
 
-from seqjax.config import ConfigError
 from seqjax.training import command_line
 
 _WORKDIR = command_line.define_workdir()
@@ -25,25 +22,10 @@ _IMPORTS = command_line.define_imports()
 _OUTPUT = flags.DEFINE_string("output", None, "File for the scores; default WORKDIR/evaluation_SPLIT.json.")
 
 
-def changed(config: ConfigDict, settings: list[str]) -> ConfigDict:
-    """The config with options of its task set anew; the model stays as it was trained."""
-    from seqjax.training.experiment import complete
-
-    given = config.to_dict()
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"--set={setting} is not of the form KEY=VALUE.")
-        try:
-            given["data"][key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            given["data"][key] = value  # a string without quotes
-    return complete(given)
-
-
 def main() -> None:
     from seqjax.parallel.mesh import make_mesh
     from seqjax.training.evaluate import evaluate
+    from seqjax.training.experiment import with_data
     from seqjax.training.progress import Console
     from seqjax.training.restore import load_workdir
     from seqjax.training.trainer import make_task
@@ -51,7 +33,7 @@ def main() -> None:
 
     mesh = make_mesh()
     restored = load_workdir(_WORKDIR.value, mesh)
-    task = make_task(changed(restored.config, _SET.value))
+    task = make_task(with_data(restored.config, _SET.value))
     scores = evaluate(restored.model, restored.variables, task, _SPLIT.value, mesh)
     result = {"step": restored.record["step"], "split": _SPLIT.value, **scores, "loss_unit": task.loss_unit}
     path = Path(_OUTPUT.value or Path(_WORKDIR.value) / f"evaluation_{_SPLIT.value}.json").expanduser()

@@ -67,6 +67,12 @@ MODEL_VARIANTS = {
         {"vocab_size": None, "input_dim": 3, "head": "regression", "output_dim": 5, "num_layers": 1},
         {"causal": False, "remat": "full"},
     ],
+    "universal_transformer": [
+        {"halting": "act", "step_embedding": "learned", "position": "learned", "position_restart": 2, "vocab_size": 4},
+        {"halting": "act", "halted": "copy", "norm_position": "post", "position": "alibi", "window": 4, "num_steps": 2},
+        {"halting": "act", "causal": False},
+        {"pattern": ("s4d", "attention", "mlp"), "norm": "rms", "position": "none", "step_embedding": "none", "num_steps": 2},
+    ],
 }
 
 SPENT: dict[str, float] = {}

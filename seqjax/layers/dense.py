@@ -22,6 +22,7 @@ class Dense(nn.Module):
       in_axes: how many trailing dimensions of `x` are contracted.
       use_bias: add a bias of shape `features`.
       kernel_init: sees the kernel as a matrix `[inputs, outputs]`; default variance `1 / inputs` (LeCun).
+      bias_init: of the bias.
       dtype: of the product; param_dtype: of the parameters.
     """
 
@@ -30,6 +31,7 @@ class Dense(nn.Module):
     in_axes: int = 1
     use_bias: bool = True
     kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -52,7 +54,7 @@ class Dense(nn.Module):
         y = x.reshape(*rows, matrix[0]).astype(self.dtype) @ kernel.reshape(matrix).astype(self.dtype)
         y = y.reshape(*batch, *outputs)
         if self.use_bias:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, self.axes[self.in_axes :])
+            init = nn.with_logical_partitioning(self.bias_init, self.axes[self.in_axes :])
             y = y + self.param("bias", init, outputs, self.param_dtype).astype(self.dtype)
         return y
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -30,6 +31,8 @@ class Model(nn.Module):
       tie_embeddings: the language-model head reuses the embedding table.
       embed_init: standard deviation of a token's initial vector; 0.02 is GPT-2's.
       position: "learned" and "sinusoidal" act here, "rope" and "alibi" inside attention, "none" nowhere.
+      position_offset: in training, sinusoidal positions of a row start anywhere from 0 to this, so that those of longer
+        sequences are seen (Dehghani et al. 2019, section 3.4).
       max_length: positions in the learned table, and the longest sequence it takes.
       causal: False asks for the bidirectional form.
       dropout: rate on the embedding and on each sub-layer's output.
@@ -48,6 +51,7 @@ class Model(nn.Module):
     tie_embeddings: bool = True
     embed_init: float = 0.02
     position: str = "rope"
+    position_offset: int = 0
     max_length: int = 1024
     causal: bool = True
     dropout: float = 0.0
@@ -81,6 +85,11 @@ class Model(nn.Module):
             choose(DTYPES, getattr(self, key), f"model.{key}")
         if self.position not in POSITIONS:
             raise ConfigError(f"model.position={self.position!r} is unknown; {allowed_values(self.position, POSITIONS)}")
+        if self.position_offset < 0 or (self.position_offset and self.position != "sinusoidal"):
+            raise ConfigError(
+                f"model.position_offset={self.position_offset} with model.position={self.position!r} has no effect; "
+                "allowed: 0, or 1 and above with model.position='sinusoidal'."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigError(f"model.dropout={self.dropout} is not a rate; allowed: from 0.0 up to, not including, 1.0.")
 
@@ -96,10 +105,23 @@ class Model(nn.Module):
         own |= {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return kind(**{"output_dim": getattr(self, kind.size_option), **own, **options})
 
+    def shifted(self, positions: Int[Array, "#B L"], batch_size: int, train: bool) -> Int[Array, "#B L"]:
+        """Positions; in training with the rows' random offsets, for which it needs the rng `dropout`."""
+        if not train or not self.position_offset:
+            return positions
+        return positions + jax.random.randint(self.make_rng("dropout"), (batch_size, 1), 0, self.position_offset + 1)
+
+    def position_vectors(self, positions: Int[Array, "#B L"]) -> Float[Array, "#B L D"] | None:
+        """What positions add to the embedding; None where they act elsewhere."""
+        if self.position == "learned":
+            options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            return PositionTable(self.max_length, self.embed_dim, name="positions", **options)(positions)
+        return sinusoids(positions, self.embed_dim, self.dtype) if self.position == "sinusoidal" else None
+
     def embed(
-        self, inputs: Array, positions: Int[Array, "#B L"], train: bool
+        self, inputs: Array, positions: Int[Array, "#B L"] | None, train: bool
     ) -> tuple[Float[Array, "B L D"], TokenEmbedding | None]:
-        """Vectors of the inputs with their positions added, and the token table where there is one."""
+        """Vectors of the inputs with their positions added, and the token table where there is one; None adds none."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.vocab_size is not None:
             table = TokenEmbedding(self.vocab_size, self.embed_dim, self.embed_init, name="embedding", **options)
@@ -107,10 +129,9 @@ class Model(nn.Module):
         else:
             table = None
             x = Dense(self.embed_dim, (None, "embed"), name="embedding", **options)(inputs)
-        if self.position == "learned":
-            x = x + PositionTable(self.max_length, self.embed_dim, name="positions", **options)(positions)
-        elif self.position == "sinusoidal":
-            x = x + sinusoids(positions, self.embed_dim, self.dtype)
+        if positions is not None:
+            places = self.position_vectors(self.shifted(positions, x.shape[0], train))
+            x = x if places is None else x + places
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return nn.with_logical_constraint(x, ("batch", "length_act", "embed_act")), table
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -151,6 +152,20 @@ def resolve(config: ConfigDict, task: Any) -> ConfigDict:
         with model.ignore_type():
             model[key] = wanted
     return ConfigDict({section: model if section == "model" else config[section] for section in SECTIONS})
+
+
+def with_data(config: ConfigDict, settings: Sequence[str]) -> ConfigDict:
+    """The config with options of its task set anew, each by `KEY=VALUE`; the model stays as it was trained."""
+    given = config.to_dict()
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set={setting} is not of the form KEY=VALUE.")
+        try:
+            given["data"][key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            given["data"][key] = value  # a string without quotes
+    return complete(given)
 
 
 def _options(section: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:

@@ -64,8 +64,22 @@ def squared_error(
 
 
 def loss_of(task: Any) -> Loss:
-    """The loss of a task: its own `loss(outputs, batch)` where it has one, else by the kind of its targets."""
-    return getattr(task, "loss", None) or by_targets
+    """The loss of a task: its own `loss(outputs, batch)` where it has one, else by the kind of its targets.
+
+    Where `task.scores_rows`, it says too how many rows are right from end to end, under `row_accuracy`.
+    """
+    loss = getattr(task, "loss", None) or by_targets
+    if not getattr(task, "scores_rows", False):
+        return loss
+    return lambda outputs, batch: {**loss(outputs, batch), "row_accuracy": row_accuracy(outputs, batch)}
+
+
+def row_accuracy(logits: Float[Array, "B L V"], batch: dict[str, Array]) -> tuple[Array, Array]:
+    """In how many rows the largest logit is the target wherever it counts; and how many rows have such places."""
+    counted = batch["weights"] != 0
+    right = jnp.all((jnp.argmax(logits, axis=-1) == batch["targets"]) | ~counted, axis=-1)
+    rows = jnp.any(counted, axis=-1)
+    return jnp.sum(right & rows, dtype=jnp.float32), jnp.sum(rows, dtype=jnp.float32)
 
 
 def by_targets(outputs: Array, batch: dict[str, Array]) -> Sums:

@@ -13,10 +13,10 @@ def get_config(mixer="mamba"):
         data={"name": "induction_heads", "sequence_length": 256, "batch_size": 16},
         optimizer={
             "name": "adamw",
-            "learning_rate": 2e-3,
+            "learning_rate": 8e-4,
             "schedule": "cosine",
             "warmup_steps": 100,
-            "final_fraction": 0.02,
+            "final_fraction": 0.3,
             "beta2": 0.98,
             "clip_norm": 1.0,
         },

@@ -1,17 +1,29 @@
 """Makes the small random models in `tests/interop/pretrained`, with the logits that transformers computes.
 
-python tests/interop/make_pretrained.py     # needs torch, transformers and safetensors; see tests/interop/pretrained/README.md
+python tests/interop/make_pretrained.py           # needs torch, transformers and safetensors; see pretrained/README.md
+python tests/interop/make_pretrained.py mamba     # one of them
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+)
 
 SEED = 20260726
 HERE = pathlib.Path(__file__).parent / "pretrained"
@@ -28,13 +40,20 @@ def main() -> None:
     stretched = LlamaConfig(
         max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=rope, **(llama | {"num_attention_heads": 2})
     )
-    write("gpt2", GPT2LMHeadModel(gpt2))
-    write("llama_grouped", LlamaForCausalLM(grouped))
-    write("llama_rope3_tied", LlamaForCausalLM(stretched))
+    recurrent = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "tie_word_embeddings": True, **SIZES}
+    made = {
+        "gpt2": lambda: GPT2LMHeadModel(gpt2),
+        "llama_grouped": lambda: LlamaForCausalLM(grouped),
+        "llama_rope3_tied": lambda: LlamaForCausalLM(stretched),
+        "mamba": lambda: MambaForCausalLM(MambaConfig(time_step_rank=4, **recurrent)),
+        "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(head_dim=16, num_heads=4, n_groups=1, chunk_size=8, **recurrent)),
+    }
+    for name in sys.argv[1:] or made:
+        write(name, made[name](), length=64 if "mamba" in name else 20)
 
 
-def write(name: str, model: PreTrainedModel) -> None:
-    """Randomise every parameter, and save the model, some tokens and their logits."""
+def write(name: str, model: PreTrainedModel, length: int) -> None:
+    """Randomise every parameter, and save the model, some tokens, their logits and the loss."""
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
@@ -45,13 +64,14 @@ def write(name: str, model: PreTrainedModel) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
     folder = HERE / name
     model.save_pretrained(folder)
-    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").unlink(missing_ok=True)
     if name == "gpt2":
         as_on_the_hub(model, folder)
-    tokens = torch.randint(SIZES["vocab_size"], (2, 20), generator=generator)
+    tokens = torch.randint(SIZES["vocab_size"], (2, length), generator=generator)
     with torch.no_grad():
-        logits = model.eval()(tokens).logits
-    np.savez(folder / "logits.npz", tokens=tokens.numpy().astype(np.int32), logits=logits.numpy())
+        found = model.eval()(tokens, labels=tokens)
+    arrays = {"tokens": tokens.numpy().astype(np.int32), "logits": found.logits.numpy(), "loss": found.loss.numpy()}
+    np.savez(folder / "logits.npz", **arrays)
 
 
 def as_on_the_hub(model: GPT2LMHeadModel, folder: pathlib.Path) -> None:

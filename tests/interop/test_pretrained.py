@@ -15,6 +15,7 @@ from seqjax.config import ConfigError
 from seqjax.interop import folder as folders
 from seqjax.interop import pretrained
 from seqjax.interop.gpt2 import GPT2
+from seqjax.training.losses import by_targets
 
 safetensors = pytest.importorskip("safetensors.numpy", reason="safetensors is not installed (the extra interop)")
 
@@ -69,7 +70,7 @@ def test_logits_are_those_of_transformers(name):
     tokens = jnp.asarray(stored["tokens"])
     logits, _ = jax.jit(model.apply)(variables, tokens)
     np.testing.assert_allclose(logits, stored["logits"], atol=1e-5, rtol=0)
-    _, state = jax.jit(model.apply)(variables, tokens[:, :7], model.init_state(2, 20))
+    _, state = jax.jit(model.apply)(variables, tokens[:, :7], model.init_state(2, tokens.shape[1]))
     logits, _ = jax.jit(model.apply)(variables, tokens[:, 7:], state)
     np.testing.assert_allclose(logits, stored["logits"][:, 7:], atol=1e-5, rtol=0)
 
@@ -324,6 +325,17 @@ def test_variables_of_another_model(tmp_path):
     for wrong in ({}, variables["params"], build(tie_embeddings=False)[1], build(embed_dim=32)[1]):
         with pytest.raises(ConfigError, match=r"save_pretrained: the variables are not this model's; they differ in"):
             pretrained.save_pretrained(model, wrong, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_the_loss_of_64_tokens_is_that_of_transformers(name):
+    model, variables = seqjax.load_pretrained(GOLDEN / name)
+    stored = np.load(GOLDEN / name / "logits.npz")
+    tokens = jnp.asarray(stored["tokens"])
+    logits = jax.jit(model.apply)(variables, tokens)[0][:, :-1]
+    sums = by_targets(logits, {"targets": tokens[:, 1:], "weights": jnp.ones((2, 63))})
+    total, count = sums["loss"]
+    np.testing.assert_allclose(total / count, stored["loss"], rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2"])

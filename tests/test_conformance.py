@@ -60,6 +60,10 @@ MIXER_VARIANTS = {
 """Options beside the defaults under which a mixer is held to the contract as well."""
 
 MODEL_VARIANTS = {
+    "perceiver_ar": [
+        {"num_latents": 2, "stride": 1, "norm": "rms", "position": "sinusoidal"},
+        {"num_latents": 4, "stride": 4, "pattern": ("mamba", "mlp"), "state_dim": 4, "position": "learned"},
+    ],
     "transformer": [
         {"norm": "rms", "norm_position": "post", "position": "learned", "num_layers": 1},
         {"norm": "batch", "position": "sinusoidal", "tie_embeddings": False, "num_layers": 1},

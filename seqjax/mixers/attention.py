@@ -103,25 +103,28 @@ class Attention(Mixer):
         length = x.shape[1]
         before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
         found, after = segments(segment_ids, before, length)
-        q, k, v = self._project(x, found)
+        q, k, v = self._project(x, x, found.positions, found.positions)
         if state is None:
             runs = None if segment_ids is None else (found.runs, found.runs)
             mixed = self._attend(q, k, v, segment_ids=runs)
         else:
             mixed, state = self._continue(q, k, v, found, state, after)
-        out = self._dense("out", self.embed_dim, ("heads", "head_dim", "embed"), self.out_bias, self.residual_init)
-        return out(mixed), state
+        return self._out(mixed), state
 
-    def _project(self, x: Array, found: Segments) -> tuple[Array, Array, Array]:
-        """Queries `[B, L, H, K]`, keys and values `[B, L, G, K]`, rotated where positions are rotary."""
-        q = self._dense("query", (self.num_heads, self.key_dim), ("embed", "heads", "head_dim"), self.qkv_bias)(x)
+    def _project(self, queries: Array, x: Array, q_positions: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, H, K]`, keys and values `[B, L, G, K]` of `x`, rotated where positions are rotary."""
+        q = self._dense("query", (self.num_heads, self.key_dim), ("embed", "heads", "head_dim"), self.qkv_bias)(queries)
         k = self._dense("key", (self.kv_heads, self.key_dim), ("embed", "kv_heads", "head_dim"), self.qkv_bias)(x)
         v = self._dense("value", (self.kv_heads, self.key_dim), ("embed", "kv_heads", "head_dim"), self.qkv_bias)(x)
         q, k, v = (nn.with_logical_constraint(a, ("batch", "length_act", "heads_act", None)) for a in (q, k, v))
         if self.position == "rope":
             frequencies = rotary_frequencies(self.key_dim, self.rope_theta, self.rope_llama3)
-            q, k = rotate(q, found.positions, frequencies), rotate(k, found.positions, frequencies)
+            q, k = rotate(q, q_positions, frequencies), rotate(k, positions, frequencies)
         return q, k, v
+
+    def _out(self, mixed: Array) -> Array:
+        axes = ("heads", "head_dim", "embed")
+        return self._dense("out", self.embed_dim, axes, self.out_bias, self.residual_init)(mixed)
 
     def _attend(self, q: Array, k: Array, v: Array, **masks) -> Array:
         slopes = jnp.asarray(alibi_slopes(self.num_heads)) if self.position == "alibi" else None

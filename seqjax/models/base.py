@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,6 +15,18 @@ from seqjax.layers.embedding import PositionTable, TokenEmbedding
 from seqjax.layers.positions import POSITIONS, sinusoids
 from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.heads import HEADS, Head, check_pool
+
+
+class Window(NamedTuple):
+    """What a model may return in training in place of its outputs: those at some positions of each sequence alone.
+
+    Attributes:
+      outputs: `[B, T, ...]`, at positions `start .. start + T - 1`.
+      start: the same for all rows.
+    """
+
+    outputs: Float[Array, "B T ..."]
+    start: int | Int[Array, ""]
 
 
 class Model(nn.Module):

@@ -313,10 +313,14 @@ def register_stack(name: str, *, pattern: tuple, defaults: Mapping[str, Any] | N
 
 
 def _make_stack(pattern: tuple, **options: Any) -> SequenceModel:
-    """A `SequenceModel` whose flat options reach every mixer that has them."""
+    return make_stack(SequenceModel, pattern, **options)
+
+
+def make_stack(kind: type[SequenceModel], pattern: tuple, **options: Any) -> SequenceModel:
+    """A model of this kind whose flat options reach every mixer that has them."""
     blocks = tuple(tuple(make_sublayer(entry, options) for entry in block) for block in _blocks(pattern))
-    of_model = {key: value for key, value in options.items() if key in options_of(SequenceModel)}
-    model = SequenceModel(pattern=blocks, **of_model)
+    of_model = {key: value for key, value in options.items() if key in options_of(kind)}
+    model = kind(pattern=blocks, **of_model)
     for sublayer in model.unit:
         sublayer.make(model.frame, parent=None)  # a mixer's own checks, before anything is compiled
     return model

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from seqjax.config import ConfigError
+from seqjax.models.base import Window
 
 Sums = dict[str, tuple[Array, Array]]
 Loss = Callable[[Array, dict[str, Array]], Sums]
@@ -61,6 +62,15 @@ def squared_error(
     weights = _weights_like(error, weights)
     count = jnp.sum(weights)
     return {"loss": (_weighted_sum(jnp.square(error), weights), count), "mae": (_weighted_sum(jnp.abs(error), weights), count)}
+
+
+def in_window(outputs: Array | Window, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Outputs, and of a batch's arrays over tokens, `[B, L, ...]`, the part at the positions that have outputs."""
+    if not isinstance(outputs, Window):
+        return outputs, batch
+    shape, length = batch["inputs"].shape[:2], outputs.outputs.shape[1]
+    cut = lambda a: jax.lax.dynamic_slice_in_dim(a, outputs.start, length, axis=1)
+    return outputs.outputs, {name: cut(a) if a.shape[:2] == shape else a for name, a in batch.items()}
 
 
 def loss_of(task: Any) -> Loss:

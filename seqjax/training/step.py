@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 
 from seqjax.config import ConfigError
 from seqjax.parallel.rules import unboxed
-from seqjax.training.losses import Loss
+from seqjax.training.losses import Loss, in_window
 from seqjax.training.schedules import Schedule
 
 Batch = dict[str, Array]
@@ -88,7 +88,7 @@ def make_train_step(
 
     def objective(params: Any, variables: Any, batch: Batch, key: Array) -> tuple[Array, tuple[Metrics, Any]]:
         outputs, mutated = _apply(model, {"params": params, **variables}, batch, key)
-        sums = loss(outputs, batch)
+        sums = loss(*in_window(outputs, batch))
         total, count = sums["loss"]
         auxiliary = mutated.pop("losses", None)
         if auxiliary is not None:

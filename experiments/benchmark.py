@@ -2,6 +2,7 @@
 
 python experiments/benchmark.py train_step --out=docs/results/train_step.json
 python experiments/benchmark.py generate --new_tokens=512
+python experiments/benchmark.py generate_runs runs/megabyte runs/transformer --new_tokens=8192
 python experiments/benchmark.py attention --rounds=20
 python experiments/benchmark.py scan --shapes 1x1024x256x16
 python experiments/benchmark.py state_space --batches 1 8 --lengths 256 4096
@@ -18,7 +19,7 @@ import os
 from collections.abc import Callable
 
 from benchmarks.attention import attention
-from benchmarks.generation import generate
+from benchmarks.generation import generate, generate_runs
 from benchmarks.scan import scan
 from benchmarks.selective_scan import selective_scan
 from benchmarks.state_space import decode, state_space
@@ -49,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     command(train_step, 20, ("torch", "transformers"), **model, length=256, threads=os.cpu_count() or 1)
     command(loop_overhead, 10, **model, length=256, steps=300)
     command(generate, 1, **model, prompt=16, new_tokens=512, bucket=64)
+    runs = command(generate_runs, 3, batch=1, new_tokens=8192)
+    runs.add_argument("workdirs", nargs="+", help="folders of runs, the baseline last")
     shapes = [(4, 512, 4, 64), (1, 4096, 4, 64)]
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")
     shapes = [(1, 1024, 256, 16), (4, 1024, 256, 16), (8, 2048, 512, 16)]

@@ -57,7 +57,8 @@ def report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     where = {key: configs[0]["data"].get(key) for key in getattr(task, "locations", ())}
     config = {name: {k: v for k, v in section.items() if k not in where} for name, section in configs[0].items()}
     write_record(out, provenance(), rows, summary=summary, config=config, data_digest=task.digest)
-    plot_losses(runs[0], out.with_suffix(".png"), task.loss_unit, task.baselines())
+    drawn = dict(zip((config["model"]["name"] for config in configs), runs)) if "model.name" in varied else runs[0]
+    plot_losses(drawn, out.with_suffix(".png"), task.loss_unit, task.baselines())
     print(table(rows))
     print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n")
 

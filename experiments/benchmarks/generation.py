@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,6 +15,7 @@ import seqjax
 from benchmarks.comparison import Rows, compared
 from benchmarks.gpt2 import VOCAB, gpt2_shaped
 from seqjax.scaling.timing import time_side_by_side
+from seqjax.training.restore import load_workdir
 
 
 def generate(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
@@ -32,6 +34,20 @@ def generate(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     timings = time_side_by_side(functions, args.rounds, warmup=0)
     same = {name: float((output == outputs["carried state"]).mean()) for name, output in outputs.items()}
     return compared(timings, next(iter(functions)), args.batch * args.new_tokens), {"share_of_equal_tokens": same}
+
+
+def generate_runs(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """Sampling from the models of finished runs, each from its carried state."""
+    runs = {path: load_workdir(path) for path in args.workdirs}
+    prompts = jnp.zeros((args.batch, 1), jnp.int32)
+    sampling = {"temperature": 1.0, "key": jax.random.key(0)}
+    functions = {
+        name: functools.partial(seqjax.generate, run.model, run.variables, prompts, args.new_tokens, **sampling)
+        for name, run in runs.items()
+    }
+    timings = time_side_by_side(functions, args.rounds)
+    costs = {name: dataclasses.asdict(run.model.costs(args.new_tokens)) for name, run in runs.items()}
+    return compared(timings, args.workdirs[-1], args.batch * args.new_tokens), {"costs": costs}
 
 
 def _recompute(model: Any, variables: Any, prompts: jax.Array, stops: list[int]) -> jax.Array:

@@ -7,14 +7,15 @@ import dataclasses
 
 import numpy as np
 
-from seqjax.config import choose
+from seqjax.config import ConfigError, choose
 
 
 @dataclasses.dataclass(frozen=True)
 class PackingPlan:
     """Which pieces of which documents make up each row.
 
-    Row `r` is the pieces `row_starts[r]` to `row_starts[r + 1] - 1`, side by side; what they leave of it is padding.
+    Row `r` is the pieces `row_starts[r]` to `row_starts[r + 1] - 1`, side by side, each starting at the next multiple of
+    `alignment`; what they leave of it is padding.
 
     Attributes:
       row_length: tokens in a row.
@@ -22,6 +23,7 @@ class PackingPlan:
       document: `[P]` int64, the document each piece is of.
       start: `[P]` int64, where in its document the piece starts.
       length: `[P]` int64, tokens of the piece, at least 1.
+      alignment: of the pieces' starts within their row.
     """
 
     row_length: int
@@ -29,6 +31,7 @@ class PackingPlan:
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
+    alignment: int = 1
 
     @property
     def num_rows(self) -> int:
@@ -40,7 +43,7 @@ class PackingPlan:
         return list(zip(self.document[here].tolist(), self.start[here].tolist(), self.length[here].tolist()))
 
 
-def plan_packing(lengths: np.ndarray, row_length: int, strategy: str = "split") -> PackingPlan:
+def plan_packing(lengths: np.ndarray, row_length: int, strategy: str = "split", alignment: int = 1) -> PackingPlan:
     """Plan rows that hold every token of every document exactly once.
 
     Args:
@@ -50,16 +53,20 @@ def plan_packing(lengths: np.ndarray, row_length: int, strategy: str = "split") 
         "best_fit" keeps documents that fit a row whole: longer ones give full rows and a remainder, then the longest
         piece first takes the fullest row that has room for it (best-fit-decreasing, Ding et al. 2024, "Fewer
         Truncations Improve Language Modeling", section 3).
+      alignment: documents start at multiples of it in their row, behind padding; a divisor of `row_length`.
     Raises:
       ValueError: a negative length, or `row_length` below 1.
-      ConfigError: unknown strategy.
+      ConfigError: unknown strategy, or an alignment that does not divide the row.
     """
     lengths = np.asarray(lengths, np.int64)
     if row_length < 1 or (lengths < 0).any():
         raise ValueError(f"row_length={row_length} and every document length must be 1 or more, and 0 or more.")
-    row, document, start, length = choose(STRATEGIES, strategy, "data.packing")(lengths, row_length)
+    check_alignment(row_length, alignment)
+    padded = -(-lengths // alignment) * alignment
+    row, document, start, length = choose(STRATEGIES, strategy, "data.packing")(padded, row_length)
+    length = np.minimum(length, lengths[document] - start)  # without the padding
     num_rows = int(row[-1]) + 1 if row.size else 0
-    return PackingPlan(row_length, np.searchsorted(row, np.arange(num_rows + 1)), document, start, length)
+    return PackingPlan(row_length, np.searchsorted(row, np.arange(num_rows + 1)), document, start, length, alignment)
 
 
 def pack_row(plan: PackingPlan, row: int, tokens: np.ndarray, offsets: np.ndarray, bos_id: int) -> dict[str, np.ndarray]:
@@ -73,19 +80,33 @@ def pack_row(plan: PackingPlan, row: int, tokens: np.ndarray, offsets: np.ndarra
       tokens: `[N]` integers, all documents end to end.
       offsets: `[D + 1]`, where in `tokens` each document begins.
     Returns:
-      `inputs`, `targets`, `segment_ids` `[row_length]` int32 and `weights` `[row_length]` float32; padding is all 0.
+      `inputs`, `targets`, `segment_ids` `[row_length]` int32 and `weights` `[row_length]` float32; padding is all 0, but
+      that between documents, and what aligns the end of the last, has the segment id of the document before it.
     """
     inputs, targets, segment_ids = np.zeros((3, plan.row_length), np.int32)
-    end = 0
+    weights = np.zeros(plan.row_length, np.float32)
+    place = 0
     for segment, (document, start, length) in enumerate(plan.pieces(row), 1):
-        place, end = end, end + length
+        end = place + length
         first = offsets[document] + start
         targets[place:end] = tokens[first : first + length]
         inputs[place + 1 : end] = targets[place : end - 1]
         inputs[place] = tokens[first - 1] if start else bos_id
-        segment_ids[place:end] = segment
-    weights = (segment_ids > 0).astype(np.float32)
+        weights[place:end] = 1
+        aligned_end = -(-end // plan.alignment) * plan.alignment
+        # A segment that started where the document ends would start within its last patch.
+        segment_ids[place:aligned_end] = segment
+        place = aligned_end
     return {"inputs": inputs, "targets": targets, "weights": weights, "segment_ids": segment_ids}
+
+
+def check_alignment(row_length: int, alignment: int) -> None:
+    """Raise a ConfigError unless segments can start at multiples of `alignment` in rows of `row_length`."""
+    if alignment < 1 or row_length % alignment:
+        raise ConfigError(
+            f"data.segment_alignment={alignment} does not divide rows of {row_length} tokens; a model that reads patches "
+            "asks for its patch size. Allowed: divisors of the row's length."
+        )
 
 
 def _split(lengths: np.ndarray, row_length: int) -> tuple[np.ndarray, ...]:

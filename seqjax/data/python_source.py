@@ -16,7 +16,7 @@ import numpy as np
 from seqjax.config import ConfigError, choose
 from seqjax.data.baselines import gzip_bits_per_byte, ngram_bits_per_byte
 from seqjax.data.corpora import Corpus, hash_files, load_files
-from seqjax.data.packing import STRATEGIES, PackingPlan, pack_row, plan_packing
+from seqjax.data.packing import STRATEGIES, PackingPlan, check_alignment, pack_row, plan_packing
 from seqjax.data.task import NATS_TO_BITS, Example, Task
 from seqjax.data.tokenizers import ByteTokenizer
 from seqjax.registry import register_task
@@ -56,6 +56,7 @@ class PythonSource(Task):
     Attributes:
       sequence_length: bytes in a row.
       packing: "split" or "best_fit", of `plan_packing`; training documents are put in an order drawn from `seed` first.
+      segment_alignment: documents start at multiples of it in their row; training sets it to what the model asks.
       data_dir: where the prepared corpus lies (default `$SEQJAX_DATA_DIR` or `~/.cache/seqjax`).
     """
 
@@ -67,6 +68,7 @@ class PythonSource(Task):
 
     sequence_length: int = 1024
     packing: str = "split"
+    segment_alignment: int = 1
     data_dir: str | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +76,7 @@ class PythonSource(Task):
         if self.sequence_length < 1:
             raise ConfigError(f"data.sequence_length={self.sequence_length} is too small; allowed: 1 or more.")
         choose(STRATEGIES, self.packing, "data.packing")
+        check_alignment(self.sequence_length, self.segment_alignment)
         for split in self.splits:
             if not self._files[split]:
                 raise ConfigError(
@@ -110,9 +113,10 @@ class PythonSource(Task):
         train, validation = self.corpora["train"], self.corpora["validation"]
         # RandomState's stream is frozen by NumPy: the same order for ever.
         order = np.random.RandomState(self.seed).permutation(len(train.lengths))
+        how = (self.sequence_length, self.packing, self.segment_alignment)
         return {
-            "train": PackedRows(train, order, self.sequence_length, self.packing),
-            "validation": PackedRows(validation, np.arange(len(validation.lengths)), self.sequence_length, self.packing),
+            "train": PackedRows(train, order, *how),
+            "validation": PackedRows(validation, np.arange(len(validation.lengths)), *how),
         }
 
     def examples(self, split: str) -> PackedRows:
@@ -127,9 +131,9 @@ class PythonSource(Task):
 class PackedRows:
     """The documents of a corpus, taken in the given order and packed: one example a row."""
 
-    def __init__(self, corpus: Corpus, order: np.ndarray, row_length: int, strategy: str) -> None:
+    def __init__(self, corpus: Corpus, order: np.ndarray, row_length: int, strategy: str, alignment: int) -> None:
         self._corpus, self._order = corpus, order
-        plan = plan_packing(corpus.lengths[order], row_length, strategy)
+        plan = plan_packing(corpus.lengths[order], row_length, strategy, alignment)
         self.plan: PackingPlan = dataclasses.replace(plan, document=order[plan.document])
 
     def __len__(self) -> int:

@@ -86,6 +86,11 @@ class Task(abc.ABC):
     def examples(self, split: str) -> Examples:
         """The examples of a split, in a fixed order. At most 2**31 of them: Grain shuffles 32-bit indices."""
 
+    def aligned(self, alignment: int) -> Task:
+        """This task with documents that start at multiples of `alignment` in their row: what a model's `segment_alignment`
+        asks of a task with an option of that name."""
+        return self if self.segment_alignment % alignment == 0 else dataclasses.replace(self, segment_alignment=alignment)
+
     def baselines(self) -> dict[str, float]:
         """Losses on the validation split, in `loss_unit`, that no sequence model is needed for, by name."""
         return {}

@@ -72,6 +72,8 @@ class Model(nn.Module):
 
     inverts: ClassVar[bool] = False
     """Whether the body can take channels for tokens, as `Head.variates` asks."""
+    segment_alignment: ClassVar[int] = 1
+    """Packed documents must start at multiples of this in their row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -204,9 +204,6 @@ class SequenceModel(Model):
         x, table = self.embed(inputs, found.positions, train)
         states = (None, None) if state is None else (state.repeats, state.remainder)
         x, states = self._stack(x, states, segment_ids, train)
-        if self._normalizes_last:
-            norm_options = {"epsilon": self.norm_epsilon, "dtype": self.dtype, "param_dtype": self.param_dtype}
-            x = make_norm(self.norm, name="norm", **norm_options)(x, train)
         outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
         if state is not None:
             state = SequenceModelState(repeats=states[0], remainder=states[1], segment=segment)
@@ -215,7 +212,7 @@ class SequenceModel(Model):
     def _stack(
         self, x: Float[Array, "B L D"], states: tuple, segment_ids: Array | None, train: bool
     ) -> tuple[Float[Array, "B L D"], tuple]:
-        """All blocks: the scanned repeats, then the remainder."""
+        """All blocks: the scanned repeats, then the remainder; and the last norm."""
         layer = Residual
         if self.remat != "none":
             policy = getattr(jax.checkpoint_policies, REMAT_POLICIES[self.remat])
@@ -240,6 +237,9 @@ class SequenceModel(Model):
         if self.remainder:
             last_rate = None if rates is None else rates[-1]
             x, left = layer(self.remainder, **options, name="remainder")(x, left, last_rate, segment_ids, train)
+        if self._normalizes_last:
+            norm_options = {"epsilon": self.norm_epsilon, "dtype": self.dtype, "param_dtype": self.param_dtype}
+            x = make_norm(self.norm, name="norm", **norm_options)(x, train)
         return x, (repeated, left)
 
     def _drop_rates(self) -> Array | None:
@@ -257,16 +257,18 @@ class SequenceModel(Model):
           ConfigError: the model is bidirectional, reads whole sequences, or its position table is shorter.
         """
         self.check_state(max_length)
+        repeats, remainder = self._stack_state(batch_size, max_length)
+        return SequenceModelState(repeats=repeats, remainder=remainder, segment=SegmentState.fresh(batch_size))
+
+    @nn.nowrap
+    def _stack_state(self, batch_size: int, max_length: int) -> tuple[State, State]:
+        """Of `_stack`, before the first token."""
 
         def fresh(sublayers: Block) -> tuple:
             return tuple(s.make(self.frame, parent=None).init_state(batch_size, max_length) for s in sublayers)
 
         repeated = jax.tree.map(lambda a: jnp.broadcast_to(a, (self.repeats, *a.shape)), fresh(self.unit))
-        return SequenceModelState(
-            repeats=repeated if self.repeats else None,
-            remainder=fresh(self.remainder) if self.remainder else None,
-            segment=SegmentState.fresh(batch_size),
-        )
+        return repeated if self.repeats else None, fresh(self.remainder) if self.remainder else None
 
     @nn.nowrap
     def make_head(self, **options: Any) -> Head:
@@ -280,17 +282,21 @@ class SequenceModel(Model):
             channel = self.clone(parent=None, channel_independent=False, input_dim=1, output_dim=1).costs(length)
             return dataclasses.replace(channel, flops=self.input_dim * channel.flops)
 
+        total = self.frame_costs(length)
+        total += self._stack_costs(self.input_dim if HEADS[self.head].variates else length)
+        carried = self.causal and self.make_head(parent=None).per_token
+        return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)
+
+    @nn.nowrap
+    def _stack_costs(self, length: int) -> Costs:
+        """Of `_stack`."""
+
         def of(sublayers: Block) -> Costs:
             norms = Costs(parameters=len(sublayers) * norm_parameters(self.norm, self.embed_dim))
             return sum((s.make(self.frame, parent=None).costs(length) for s in sublayers), norms)
 
-        frame = self.frame_costs(length)
-        length = self.input_dim if HEADS[self.head].variates else length  # what `of` counts
-        total = frame + self.repeats * of(self.unit) + of(self.remainder)
-        if self._normalizes_last:
-            total += Costs(parameters=norm_parameters(self.norm, self.embed_dim))
-        carried = self.causal and self.make_head(parent=None).per_token
-        return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)
+        last = norm_parameters(self.norm, self.embed_dim) if self._normalizes_last else 0
+        return self.repeats * of(self.unit) + of(self.remainder) + Costs(parameters=last)
 
     @nn.nowrap
     def mixers(self) -> tuple[type[Mixer], ...]:
@@ -307,7 +313,7 @@ def register_stack(name: str, *, pattern: tuple, defaults: Mapping[str, Any] | N
       defaults: options whose default differs from `SequenceModel`'s or the mixer's.
       registration: `example` and abilities, see `registry.Architecture`.
     """
-    _PATTERNS[name] = _blocks(pattern)
+    _PATTERNS[name] = blocks_of(pattern)
     options = partial(stack_options, pattern, dict(defaults or {}))
     registry.register_architecture(name, options=options, **registration)(_make_stack)
 
@@ -318,7 +324,7 @@ def _make_stack(pattern: tuple, **options: Any) -> SequenceModel:
 
 def make_stack(kind: type[SequenceModel], pattern: tuple, **options: Any) -> SequenceModel:
     """A model of this kind whose flat options reach every mixer that has them."""
-    blocks = tuple(tuple(make_sublayer(entry, options) for entry in block) for block in _blocks(pattern))
+    blocks = tuple(tuple(make_sublayer(entry, options) for entry in block) for block in blocks_of(pattern))
     of_model = {key: value for key, value in options.items() if key in options_of(kind)}
     model = kind(pattern=blocks, **of_model)
     for sublayer in model.unit:
@@ -339,7 +345,7 @@ def make_sublayer(entry: str | Mapping, options: Mapping[str, Any]) -> SubLayer:
     return SubLayer(name, cls, tuple(sorted((routed | own).items())))
 
 
-def _blocks(pattern: Any) -> tuple[tuple, ...]:
+def blocks_of(pattern: Any) -> tuple[tuple, ...]:
     if not isinstance(pattern, tuple | list) or not pattern:
         raise ConfigError(f"model.pattern={pattern!r} is not a pattern; allowed: mixers such as ('attention', 'mlp').")
     nested = isinstance(pattern[0], tuple | list)
@@ -356,9 +362,9 @@ def stack_options(pattern: tuple, defaults: Mapping[str, Any], given: Mapping[st
     Raises:
       ConfigError: the given pattern is that of another registered stack, as after an override of the name alone.
     """
-    blocks = _blocks(given.get("pattern", pattern))
+    blocks = blocks_of(given.get("pattern", pattern))
     owner = next((name for name, other in _PATTERNS.items() if other == blocks), None)
-    if owner is not None and blocks != _blocks(pattern):
+    if owner is not None and blocks != blocks_of(pattern):
         raise ConfigError(
             f"model.pattern={given['pattern']!r} is that of model.name={owner!r}; an override of the name alone keeps it. "
             f"Allowed here: model.pattern={pattern!r}, or a pattern that no name stands for."

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from seqjax.training.writers import Record
 
 
-def plot_losses(records: Sequence[Record], path: Path, unit: str = "loss", baselines: dict[str, float] | None = None) -> bool:
+def plot_losses(
+    records: Sequence[Record] | Mapping[str, Sequence[Record]],
+    path: Path,
+    unit: str = "loss",
+    baselines: dict[str, float] | None = None,
+) -> bool:
     """Draw the records' losses; False if matplotlib is not installed.
 
     Args:
+      records: of one run, or of several by name.
       unit: of the losses, for the axis.
       baselines: losses to draw as horizontal lines, by name.
     """
@@ -27,16 +33,17 @@ def plot_losses(records: Sequence[Record], path: Path, unit: str = "loss", basel
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    losses: dict[str, list[tuple[int, float]]] = {}
-    for split, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o", "markersize": 3})):
-        points = [(r["step"], r["loss"]) for r in records if r["split"] == split and r.get("loss") is not None]
-        if points:
-            axes.plot(*zip(*points), label=split, **style)
-            losses[split] = points
+    shown: list[tuple[int, float]] = []
+    for name, run in (records if isinstance(records, Mapping) else {"": records}).items():
+        for split, style in (("train", {"alpha": 0.7}), ("validation", {"marker": "o", "markersize": 3})):
+            points = [(r["step"], r["loss"]) for r in run if r["split"] == split and r.get("loss") is not None]
+            if points:
+                axes.plot(*zip(*points), label=f"{name} {split}".strip(), **style)
+                shown += points
     for name, value in (baselines or {}).items():
         axes.axhline(value, linestyle="--", linewidth=1, color="gray")
         axes.annotate(name, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-    _skip_the_fall(axes, [*losses.get("train", ()), *losses.get("validation", ())], list((baselines or {}).values()))
+    _skip_the_fall(axes, shown, list((baselines or {}).values()))
     axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     if axes.lines:

@@ -39,11 +39,19 @@ class Trainer:
         self.config = resolve(config, self.task)
         self.training, self.optimizer = section_of(config, "training"), section_of(config, "optimizer")
         self.model = registry.build(self.config)
+        self._align_segments()
         self.mesh = mesh or make_mesh(section_of(config, "mesh"))
         self._check_batch_size()
         self.rows = process_rows(self.task.batch_size, self.mesh)
         self.batch_shapes = self._batch_shapes()
         self._plan()
+
+    def _align_segments(self) -> None:
+        """Packed documents start where the model asks."""
+        alignment = getattr(self.model, "segment_alignment", 1)
+        if alignment > 1 and "segment_alignment" in self.config.data:
+            self.task = self.task.aligned(alignment)
+            self.config.data.segment_alignment = self.task.segment_alignment
 
     def _check_batch_size(self) -> None:
         ways, parts = batch_ways(self.mesh), self.training.microbatches

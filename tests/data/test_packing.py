@@ -92,7 +92,34 @@ def test_each_token_is_predicted_from_the_one_before_it_in_its_document(lengths,
     assert pairs == {t: BOS + 10**6 if t in starts else t - 1 for t in tokens.tolist()}
 
 
+@settings(max_examples=40)
+@given(LENGTHS, st.integers(1, 4), st.sampled_from([1, 2, 3]), st.sampled_from(sorted(STRATEGIES)))
+def test_aligned_documents(lengths, patches, alignment, strategy):
+    offsets = np.cumsum([0, *lengths])
+    tokens = np.arange(offsets[-1])
+    plan = plan_packing(lengths, patches * alignment, strategy, alignment)
+    rows = [pack_row(plan, row, tokens, offsets, BOS) for row in range(plan.num_rows)]
+    predicted = [row["targets"][row["weights"] > 0] for row in rows]
+    assert sorted(np.concatenate([*predicted, tokens[:0]]).tolist()) == tokens.tolist()
+    for row in rows:
+        starts = np.flatnonzero(np.diff(row["segment_ids"], prepend=0))
+        assert (starts % alignment == 0).all()
+        assert (row["targets"][row["weights"] == 0] == 0).all()
+
+
+def test_aligned_row_by_hand():
+    tokens, offsets = np.arange(10, 16, dtype=np.uint8), np.array([0, 3, 4, 6])
+    plan = plan_packing(np.diff(offsets), 8, "split", 2)
+    row = pack_row(plan, 0, tokens, offsets, BOS)
+    assert row["inputs"].tolist() == [BOS, 10, 11, 0, BOS, 0, BOS, 14]
+    assert row["targets"].tolist() == [10, 11, 12, 0, 13, 0, 14, 15]
+    assert row["segment_ids"].tolist() == [1, 1, 1, 1, 2, 2, 3, 3]
+    assert row["weights"].tolist() == [1, 1, 1, 0, 1, 0, 1, 1]
+
+
 def test_bad_requests():
+    with pytest.raises(ConfigError, match="segment_alignment=3"):
+        plan_packing([1], 4, "split", 3)
     with pytest.raises(ConfigError, match="best_fit"):
         plan_packing([1], 4, "best")
     with pytest.raises(ValueError, match="row_length=0"):

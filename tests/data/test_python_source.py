@@ -1,8 +1,10 @@
 import numpy as np
 import pytest
 
+import seqjax
 from seqjax.config import ConfigError
 from seqjax.data.python_source import PythonSource, library_files
+from seqjax.training.trainer import Trainer
 
 
 @pytest.fixture
@@ -100,3 +102,16 @@ def test_bad_options(make_task, tmp_path):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ConfigError, match=r"no \*\.py files.*text_file"):
         type("Empty", (PythonSource,), {"source_dir": tmp_path / "nothing"})()
+
+
+def test_training_aligns_documents_to_the_models_patches(make_task):
+    model = {"name": "megabyte", "embed_dim": 8, "patch_size": 4, "num_heads": 2}
+    config = seqjax.experiment_config(model=model, data={"name": "python_source", "batch_size": 3, "sequence_length": 20})
+    trainer = Trainer(config, make_task())
+    assert trainer.task.segment_alignment == trainer.config.data.segment_alignment == 4
+    ids = np.concatenate([batch["segment_ids"] for batch in trainer.task.eval_batches()])
+    starts = np.diff(ids, axis=1, prepend=0) != 0
+    assert starts[:, 1:].any() and not starts[:, np.arange(20) % 4 != 0].any()
+    config.model.patch_size = 8
+    with pytest.raises(ConfigError, match="segment_alignment=8 does not divide rows of 20"):
+        Trainer(config, make_task())

@@ -24,10 +24,17 @@ MIXER_VARIANTS = {
         {"causal": False},
         {"causal": False, "window": 3, "position": "alibi"},
     ],
+    "deltanet": [{"negative_eigenvalues": True, "conv_width": 0, "qk_norm": "sum", "feature_map": "relu", "chunk_size": 4}],
     "dss": [{"state_dim": 3, "kernel": "softmax", "kernel_length": 64, "implementation": "convolution"}],
+    "gated_deltanet": [{"negative_eigenvalues": True, "chunk_size": 4, "output_gate": "sigmoid", "head_norm": "layer"}],
+    "gla": [{"chunk_size": 4, "conv_width": 3, "output_gate": None, "feature_map": "elu_plus_one", "qkv_bias": True}],
     "glu": [{"activation": "gelu", "mlp_bias": False}],
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
+    "linear_transformer": [
+        {"chunk_size": 4, "feature_map": "dpfp"},
+        {"normalize": False, "feature_map": "identity", "head_norm": "rms", "num_heads": 2, "implementation": "reference"},
+    ],
     "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],
     "lssl": [{"state_dim": 5, "implementation": "convolution", "learn": "none", "channels": 2}],
     "mamba": [
@@ -39,6 +46,7 @@ MIXER_VARIANTS = {
         {"state_dim": 3, "head_dim": 4, "num_groups": 2, "chunk_size": 4, "use_bias": True, "dt_limit": (0.01, 0.5)},
         {"state_dim": 3, "head_dim": 8, "conv_width": 1, "conv_bias": False},
     ],
+    "retnet": [{"rope_theta": None, "head_norm": "layer", "num_heads": 1, "chunk_size": 4}],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},
         {"state_dim": 8, "causal": False},

@@ -1,7 +1,8 @@
-"""Normalisation by name: layer, RMS, batch and none."""
+"""Normalisation by name: layer, RMS with and without a scale, batch and none."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -31,17 +32,22 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in at least float32."""
+    """Root-mean-square normalisation (Zhang and Sennrich 2019), computed in at least float32.
+
+    Attributes:
+      use_scale: multiply each feature by a parameter.
+    """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (y * _vector(self, "scale", nn.initializers.ones, x)).astype(self.dtype)
+        return (y * _vector(self, "scale", nn.initializers.ones, x) if self.use_scale else y).astype(self.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -107,7 +113,13 @@ class NoNorm(nn.Module):
         return x.astype(self.dtype)
 
 
-NORMS = {"layer": LayerNorm, "rms": RMSNorm, "batch": BatchNorm, "none": NoNorm}
+NORMS = {
+    "layer": LayerNorm,
+    "rms": RMSNorm,
+    "rms_unscaled": functools.partial(RMSNorm, use_scale=False),
+    "batch": BatchNorm,
+    "none": NoNorm,
+}
 
 
 def make_norm(kind: str, **options: Any) -> nn.Module:
@@ -117,7 +129,7 @@ def make_norm(kind: str, **options: Any) -> nn.Module:
 
 def norm_parameters(kind: str, width: int) -> int:
     """How many parameters a normalisation of this kind trains."""
-    return {"none": 0, "rms": width}.get(kind, 2 * width)
+    return {"none": 0, "rms_unscaled": 0, "rms": width}.get(kind, 2 * width)
 
 
 def _vector(module: nn.Module, name: str, init: Any, x: Array) -> Array:

@@ -36,6 +36,16 @@ register_stack(
     carries_state=False,
 )
 
+HEADS = TINY | {"num_heads": 4}
+SWIGLU = RMS | {"mlp_ratio": 8 / 3, "mlp_bias": False}
+
+register_stack("linear_transformer", pattern=("linear_transformer", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS)
+# Values and gate are twice as wide as a Transformer's, and the MLP half.
+register_stack("retnet", pattern=("retnet", "glu"), defaults=SWIGLU | {"mlp_ratio": 4 / 3}, example=HEADS)
+register_stack("gla", pattern=("gla", "glu"), defaults=SWIGLU, example=HEADS)
+register_stack("deltanet", pattern=("deltanet", "glu"), defaults=SWIGLU, example=HEADS)
+register_stack("gated_deltanet", pattern=("gated_deltanet", "glu"), defaults=SWIGLU, example=HEADS)
+
 # Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
 VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}
 FORECAST = {"input_dim": 5, "output_dim": 5, "horizon": 14, "embed_dim": 16, "num_layers": 2}

@@ -114,7 +114,8 @@ class SequenceModel(Model):
     Attributes (beside those of `Model`):
       pattern: blocks of residual sub-layers.
       num_layers: number of blocks.
-      norm: "layer", "rms", "batch" or "none"; norm_position: "pre" or "post"; norm_epsilon: added to the variance.
+      norm: "layer", "rms", "rms_unscaled", "batch" or "none"; norm_position: "pre" or "post"; norm_epsilon: added to the
+        variance.
       residual_init: scale of the initial weights of each sub-layer's last map, relative to `1 / sqrt(inputs)`. 0 starts
         every block as the identity, and learns fastest (Zhang et al. 2019, Bachlechner et al. 2021).
       stochastic_depth: drop rate of the last block; earlier blocks' rates grow linearly up to it.

@@ -57,6 +57,8 @@ def _count_equation(equation: Any) -> int:
         (contracted, _), _ = parameters["dimension_numbers"]
         depth = math.prod(equation.invars[0].aval.shape[d] for d in contracted)
         return (8 if _complex(out) else 2) * depth * out.size
+    if name == "triangular_solve":
+        return equation.invars[0].aval.shape[-1] * out.size
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval
         return 2 * out.size * kernel.size // kernel.shape[parameters["dimension_numbers"].rhs_spec[0]]

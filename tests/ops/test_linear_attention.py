@@ -14,20 +14,39 @@ from jax.test_util import check_grads
 from seqjax.ops.linear_attention import linear_attention, linear_attention_flops
 from seqjax.scaling.flops import count_flops
 
-GOLDEN = np.load(pathlib.Path(__file__).parent / "data/mamba2_ssd.npz")
+DATA = pathlib.Path(__file__).parent / "data"
+GOLDEN = np.load(DATA / "mamba2_ssd.npz")
+RULES = np.load(DATA / "linear_attention.npz")
 HEADS, KEY, VALUE = 4, 3, 2
 NAMES = ("q", "k", "v", "log_decay", "state")
 
 
-def draw(length, groups=2, seed=0, decay=1.0):
+FORMS = {"head": (False, False), "channel": (True, False), "delta": (False, True), "channel delta": (True, True)}
+"""What a form has: decays per channel, the delta rule."""
+
+
+def draw(length, groups=2, seed=0, decay=1.0, form="head"):
     rng = np.random.default_rng(seed)
-    return {
+    channels, delta = FORMS[form]
+    made = {
         "q": rng.standard_normal((2, length, groups, KEY)),
         "k": rng.standard_normal((2, length, groups, KEY)),
         "v": rng.standard_normal((2, length, HEADS, VALUE)),
-        "log_decay": -decay * rng.exponential(size=(2, length, HEADS)),
+        "log_decay": -decay * rng.exponential(size=(2, length, HEADS, *[KEY] * channels)),
         "state": rng.standard_normal((2, HEADS, KEY, VALUE)),
     }
+    if delta:  # lengths of 1 and below keep the recurrence bounded
+        made["k"] /= np.linalg.norm(made["k"], axis=-1, keepdims=True)
+        made["beta"] = rng.uniform(0, 2, (2, length, HEADS))
+    return made
+
+
+def write(a, b, t, h, k, decayed):
+    """What is added to the state along k, and the error that it is made of."""
+    if "beta" not in a:
+        return a["v"][b, t, h], None
+    error = a["v"][b, t, h] - decayed.T @ k
+    return a["beta"][b, t, h] * error, error
 
 
 def loop(a, starts=None, reverse=False):
@@ -42,7 +61,8 @@ def loop(a, starts=None, reverse=False):
                 if starts is not None and edge < length and starts[b, edge]:
                     state = np.zeros_like(state)
                 before[b, h, t] = state
-                state = np.exp(a["log_decay"][b, t, h]) * state + np.outer(a["k"][b, t, group], a["v"][b, t, h])
+                k, decayed = a["k"][b, t, group], np.exp(a["log_decay"][b, t, h]).reshape(-1, 1) * state
+                state = decayed + np.outer(k, write(a, b, t, h, k, decayed)[0])
                 y[b, t, h] = state.T @ a["q"][b, t, group]
             last[b, h] = state
     return y, last, before
@@ -56,14 +76,21 @@ def loop_back(a, d_y, d_last, starts=None, reverse=False):
         for h in range(HEADS):
             group, d_state = h * groups // HEADS, d_last[b, h]
             for t in range(length) if reverse else reversed(range(length)):
-                q, k, v = a["q"][b, t, group], a["k"][b, t, group], a["v"][b, t, h]
-                decay = np.exp(a["log_decay"][b, t, h])
-                after = decay * before[b, h, t] + np.outer(k, v)
-                d["q"][b, t, group] += after @ d_y[b, t, h]
+                q, k, decay = a["q"][b, t, group], a["k"][b, t, group], np.exp(a["log_decay"][b, t, h]).reshape(-1, 1)
+                decayed = decay * before[b, h, t]
+                written, error = write(a, b, t, h, k, decayed)
+                d["q"][b, t, group] += (decayed + np.outer(k, written)) @ d_y[b, t, h]
                 d_state = d_state + np.outer(q, d_y[b, t, h])
-                d["k"][b, t, group] += d_state @ v
-                d["v"][b, t, h] += d_state.T @ k
-                d["log_decay"][b, t, h] += decay * np.sum(d_state * before[b, h, t])
+                d["k"][b, t, group] += d_state @ written
+                d_written = d_state.T @ k
+                if error is not None:
+                    d["beta"][b, t, h] += d_written @ error
+                    d_written = a["beta"][b, t, h] * d_written
+                    d["k"][b, t, group] -= decayed @ d_written
+                    d_state = d_state - np.outer(k, d_written)
+                d["v"][b, t, h] += d_written
+                through = d_state * decayed
+                d["log_decay"][b, t, h] += through.sum(-1) if a["log_decay"].ndim == 4 else through.sum()
                 d_state = decay * d_state
                 edge = t + 1 if reverse else t
                 if starts is not None and edge < length and starts[b, edge]:
@@ -77,7 +104,7 @@ def compiled(**options):
     """Outputs, last state and gradients."""
 
     def both(a, d_y, d_last, starts):
-        run = lambda a: linear_attention(*(a[name] for name in NAMES), starts=starts, **options)
+        run = lambda a: linear_attention(*(a[name] for name in NAMES), beta=a.get("beta"), starts=starts, **options)
         found, pull = jax.vjp(run, a)
         return found, pull((d_y, d_last))[0]
 
@@ -124,6 +151,37 @@ def test_equals_a_loop(length, groups, options, reverse):
     """Chunks of one block, of several of 16 and of 8, and lengths that are no multiple of any."""
     starts = np.random.default_rng(length).random((2, length)) < 0.1
     check(draw(length, groups), starts, reverse, **options)
+
+
+@pytest.mark.parametrize("form", list(FORMS)[1:])
+@pytest.mark.parametrize(
+    ("length", "groups", "reverse", "options"),
+    [
+        (1, 4, False, {}),
+        (13, 2, True, {"chunk_size": 4}),
+        (45, 4, False, {"chunk_size": 24}),
+        (67, 1, False, {}),
+        (9, 2, True, {"implementation": "reference"}),
+    ],
+)
+def test_other_forms_equal_a_loop(form, length, groups, reverse, options):
+    """Decays per channel and the delta rule, with beta up to 2."""
+    starts = np.random.default_rng(length).random((2, length)) < 0.1
+    check(draw(length, groups, form=form), starts, reverse, tolerance=1e-11, **options)
+
+
+@pytest.mark.parametrize("form", list(FORMS)[1:])
+@pytest.mark.parametrize("decay", [1e-4, 0.1, 30.0])
+def test_other_forms_keep_their_digits_in_float32(form, decay):
+    """Also where the sum of a chunk's decays, or of one token's, is far below what an exponential can take back."""
+    starts = np.random.default_rng(0).random((2, 200)) < 0.02
+    check(draw(200, 4, decay=decay, form=form), starts, False, np.float32, 1e-5)
+
+
+def test_channels_that_forget_stand_beside_channels_that_remember():
+    a = draw(130, 4, form="channel delta")
+    a["log_decay"] *= np.array([0.0, 1e-3, 60.0])
+    check(a, None, False, np.float32, 1e-5)
 
 
 @pytest.mark.parametrize("chunk_size", [1, 2, 8, 16, 40, 100])
@@ -179,11 +237,11 @@ def test_no_decay_is_a_running_sum():
     assert_close(shared, loop(a | {"log_decay": a["log_decay"] - 1})[0])
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, 40])
+@pytest.mark.parametrize(("form", "chunk_size"), [("head", 1), *((form, size) for form in FORMS for size in (8, 40))])
 @pytest.mark.parametrize("by", ["starts", "log_decay"])
-def test_a_reset_is_exact(by, chunk_size):
+def test_a_reset_is_exact(by, form, chunk_size):
     """Nothing is left of a state that any decay factor above zero would let through; nor in gradients."""
-    a, at = draw(40), 21
+    a, at = draw(40, form=form), 21
     a["state"] *= 1e30
     a["log_decay"][:, :at] = -1e-3
     options = {"chunk_size": chunk_size}
@@ -193,7 +251,7 @@ def test_a_reset_is_exact(by, chunk_size):
         a["log_decay"][:, at] = -np.inf
 
     def after(a):
-        y, last = linear_attention(*(a[name] for name in NAMES), **options)
+        y, last = linear_attention(*(a[name] for name in NAMES), beta=a.get("beta"), **options)
         return jnp.sum(y[:, at:] ** 2) + jnp.sum(last**2), (y, last)
 
     with jax.enable_x64(True):
@@ -209,6 +267,26 @@ def test_a_reset_is_exact(by, chunk_size):
     assert not np.any(grads["state"]) and np.all(np.isfinite(grads["log_decay"]))
     if by == "starts":
         assert not np.any(grads["log_decay"][:, at])
+
+
+def normalized(a):
+    """Values with a one beside them, by a loop; numerator over denominator."""
+    ones = np.ones((*a["v"].shape[:-1], 1))
+    y, last, _ = loop(a | {"v": np.concatenate([a["v"], ones], axis=-1)})
+    return y[..., :-1] / (y[..., -1:] + 1e-6), last
+
+
+def test_the_normalizer_is_a_running_sum_of_keys():
+    a = draw(50, 4)
+    a |= {name: np.abs(a[name]) for name in "qk"} | {
+        "state": np.abs(np.random.default_rng(3).random((2, HEADS, KEY, VALUE + 1)))
+    }
+    with jax.enable_x64(True):
+        run = functools.partial(linear_attention, normalize=True, chunk_size=16)
+        y, last = jax.jit(run)(*(jnp.asarray(a[name]) for name in NAMES))
+    want_y, want_last = normalized(a)
+    assert_close(y, want_y)
+    assert_close(last, want_last)
 
 
 def test_chained_calls_equal_one():
@@ -236,18 +314,87 @@ def test_equals_the_authors():
     assert_close(last, transposed(GOLDEN["final_state_init"]), 1e-14)
 
 
+def rule(name, *keys):
+    """Arrays of `name`, and a run of the op on its queries, scaled, its keys and its values."""
+    get = lambda key: RULES[f"{name}.{key}"]
+    q, k, v = (get(key) for key in "qkv")
+
+    def run(log_decay=None, beta=None, scale=k.shape[-1] ** -0.5, phi=lambda x: x, **options):
+        call = lambda q, k, v, log_decay, beta: linear_attention(q, k, v, log_decay, beta=beta, chunk_size=16, **options)
+        with jax.enable_x64(True):
+            return jax.jit(call)(phi(q) * scale, phi(k), v, log_decay, beta)
+
+    return run, *(get(key) for key in keys)
+
+
+def test_equals_published_linear_attention():
+    run, y, state, normalizer = rule("linear_attention", "y_causal", "final_S", "final_z")
+    got, last = run(scale=1.0, phi=lambda x: np.where(x > 0, x + 1, np.exp(x)), normalize=True)
+    assert_close(got, y, 1e-13)
+    assert_close(last, np.concatenate([state, normalizer[..., None]], axis=-1), 1e-13)
+
+
+def test_equals_published_retention():
+    run, gamma, y = rule("retention", "gamma", "y_norot")
+    assert_close(run(np.log(gamma)[None, None])[0], y, 1e-13)
+
+
+def test_equals_published_gated_linear_attention():
+    run, mild, y, state, strong, y_strong = rule("gla", "log_alpha", "y", "final_S", "log_alpha_strong", "y_strong")
+    got, last = run(mild)
+    assert_close(got, y, 1e-13)
+    assert_close(last, state, 1e-13)
+    assert_close(run(strong)[0], y_strong, 1e-13)
+
+
+@pytest.mark.parametrize("name", ["delta_rule", "gated_delta_rule"])
+def test_equals_published_delta_rules(name):
+    run, beta, y, state = rule(name, "beta", "y", "final_S")
+    gate = RULES["gated_delta_rule.log_alpha"] if name == "gated_delta_rule" else None
+    got, last = run(gate, beta=beta)
+    assert_close(got, y, 1e-13)
+    assert_close(last, state, 1e-13)
+    if gate is None:
+        doubled, last = run(beta=2 * beta)
+        assert_close(doubled, RULES["delta_rule.y_beta2"], 1e-13)
+        assert_close(last, RULES["delta_rule.final_S_beta2"], 1e-13)
+
+
+def test_reflections_keep_parity_of_long_sequences_in_float32():
+    """beta = 2 and a fixed key multiply by -1: 4096 equal keys, whose products a sum of powers could not tell."""
+    bits = np.random.default_rng(0).integers(2, size=4096)
+    key = np.zeros((1, 4096, 1, 2), np.float32) + np.array([1, 0], np.float32)
+    start = jnp.zeros((1, 1, 2, 1)).at[:, :, 0].set(1)
+    beta = jnp.asarray(2.0 * bits, jnp.float32)[None, :, None]
+    y, _ = jax.jit(linear_attention)(key, key, jnp.zeros((1, 4096, 1, 1)), None, start, beta=beta)
+    np.testing.assert_array_equal(np.round(y[0, :, 0, 0], 3), (-1.0) ** np.cumsum(bits))
+
+
 def shapes(length, groups=1, heads=4, key_dim=32, value_dim=16):
     struct = lambda *shape: jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     keys = struct(length, groups, key_dim)
     return keys, keys, struct(length, heads, value_dim), struct(length, heads)
 
 
-def test_the_backward_pass_keeps_the_states_of_chunks_only():
+def form_shapes(form, length, groups=4, heads=4, key_dim=32, value_dim=16):
+    """Inputs as `shapes`, with beta or None as the last."""
+    channels, delta = FORMS[form]
+    *inputs, heads_decay = shapes(length, groups, heads, key_dim, value_dim)
+    channel_decay = jax.ShapeDtypeStruct((*heads_decay.shape, key_dim), jnp.float32)
+    return *inputs, channel_decay if channels else heads_decay, heads_decay if delta else None
+
+
+def call(q, k, v, log_decay, beta, **options):
+    return linear_attention(q, k, v, log_decay, beta=beta, **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_backward_pass_keeps_the_states_of_chunks_only(form):
     """Memory grows with the length, not with its square, and far less than with a state for each token."""
 
     def temporaries(length):
-        loss = lambda *a: jnp.sum(linear_attention(*a, chunk_size=64)[0] ** 2)
-        compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*shapes(length)).compile()
+        loss = lambda a: jnp.sum(call(*a, chunk_size=64)[0] ** 2)
+        compiled = jax.jit(jax.grad(loss)).lower(form_shapes(form, length)).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     short, long = temporaries(2048), temporaries(8192)
@@ -261,18 +408,20 @@ def test_decoding_runs_neither_chunks_nor_a_loop():
 
 
 @pytest.mark.parametrize(("length", "chunk_size"), [(1, None), (50, None), (256, 64), (250, 128)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_declares_its_operations(length, groups, chunk_size):
-    run = lambda *a: linear_attention(*a, chunk_size=chunk_size)
-    counted = count_flops(run, *shapes(length, groups, 4, 64, 64))
-    declared = linear_attention_flops(length, 4, groups, 64, 64, chunk_size)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_declares_its_operations(form, length, groups, chunk_size):
+    counted = count_flops(lambda a: call(*a, chunk_size=chunk_size), form_shapes(form, length, groups, 4, 64, 64))
+    channels, delta = FORMS[form]
+    declared = linear_attention_flops(length, 4, groups, 64, 64, chunk_size, channel_decay=channels, delta_rule=delta)
     assert 0.9 < declared / counted < 1.05
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_lowers_for_accelerators(platform):
-    loss = lambda *a: jnp.sum(linear_attention(*a, starts=jnp.zeros((1, 100), bool))[0])
-    lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3))).trace(*shapes(100)).lower(lowering_platforms=(platform,))
+@pytest.mark.parametrize("form", FORMS)
+def test_lowers_for_accelerators(platform, form):
+    loss = lambda a: jnp.sum(call(*a, starts=jnp.zeros((1, 100), bool))[0])
+    lowered = jax.jit(jax.grad(loss)).trace(form_shapes(form, 100)).lower(lowering_platforms=(platform,))
     assert "stablehlo" in lowered.as_text()
 
 

@@ -9,16 +9,16 @@ from seqjax import experiment_config
 
 def get_config(mixer="mamba"):
     return experiment_config(
-        model={"name": mixer, "embed_dim": 64, "num_layers": 2, "unroll": 0, "embed_init": 64**-0.5},
+        model={"name": mixer, "embed_dim": 64, "num_layers": 2, "unroll": 0, "embed_init": 64**-0.5, "residual_init": 1.0},
         data={"name": "induction_heads", "sequence_length": 256, "batch_size": 16},
         optimizer={
             "name": "adamw",
-            "learning_rate": 8e-4,
+            "learning_rate": 5e-3,
             "schedule": "cosine",
             "warmup_steps": 100,
             "final_fraction": 0.3,
             "beta2": 0.98,
             "clip_norm": 1.0,
         },
-        training={"num_steps": 4000, "log_every": 100, "eval_every": 500, "checkpoint_every": 500},
+        training={"num_steps": 6000, "log_every": 100, "eval_every": 500, "checkpoint_every": 500},
     )

@@ -36,7 +36,7 @@ class Level(SequenceModel):
         train: bool = False,
     ) -> tuple[Float[Array, "B L D"], tuple | None]:
         x, after = self._stack(x, (None, None) if state is None else state, segment_ids, train)
-        return x, None if state is None else after
+        return self._last_norm(x, train), None if state is None else after
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> tuple:

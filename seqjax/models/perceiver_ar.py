@@ -265,9 +265,7 @@ class PerceiverAR(SequenceModel):
             z, cache = reader(x, found, state.inputs, after, train=train)
             y, recent, within = self._continue(latents, z, found, state, train)
             state = PerceiverARState(inputs=cache, recent=recent, latents=within)
-        if self._normalizes_last:
-            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-            y = make_norm(self.norm, name="norm", epsilon=self.norm_epsilon, **types)(y, train)
+        y = self._last_norm(y, train)
         segment_ids = segment_ids if window is None or not packed else _cut(segment_ids, *window)
         outputs = self.make_head(name="head")(y, segment_ids, table.attend if self.tied else None)
         return outputs if window is None or not HEADS[self.head].per_token else Window(outputs, window[0]), state

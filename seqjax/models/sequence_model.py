@@ -205,6 +205,7 @@ class SequenceModel(Model):
         x, table = self.embed(inputs, found.positions, train)
         states = (None, None) if state is None else (state.repeats, state.remainder)
         x, states = self._stack(x, states, segment_ids, train)
+        x = self._last_norm(x, train)
         outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
         if state is not None:
             state = SequenceModelState(repeats=states[0], remainder=states[1], segment=segment)
@@ -213,7 +214,7 @@ class SequenceModel(Model):
     def _stack(
         self, x: Float[Array, "B L D"], states: tuple, segment_ids: Array | None, train: bool
     ) -> tuple[Float[Array, "B L D"], tuple]:
-        """All blocks: the scanned repeats, then the remainder; and the last norm."""
+        """All blocks: the scanned repeats, then the remainder."""
         layer = Residual
         if self.remat != "none":
             policy = getattr(jax.checkpoint_policies, REMAT_POLICIES[self.remat])
@@ -238,10 +239,14 @@ class SequenceModel(Model):
         if self.remainder:
             last_rate = None if rates is None else rates[-1]
             x, left = layer(self.remainder, **options, name="remainder")(x, left, last_rate, segment_ids, train)
-        if self._normalizes_last:
-            norm_options = {"epsilon": self.norm_epsilon, "dtype": self.dtype, "param_dtype": self.param_dtype}
-            x = make_norm(self.norm, name="norm", **norm_options)(x, train)
         return x, (repeated, left)
+
+    def _last_norm(self, x: Float[Array, "B L D"], train: bool) -> Float[Array, "B L D"]:
+        """The norm behind the blocks, where there is one."""
+        if not self._normalizes_last:
+            return x
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return make_norm(self.norm, name="norm", epsilon=self.norm_epsilon, **types)(x, train)
 
     def _drop_rates(self) -> Array | None:
         """One stochastic-depth rate per repeat, growing linearly to the last, and one for the remainder."""
@@ -290,7 +295,7 @@ class SequenceModel(Model):
 
     @nn.nowrap
     def _stack_costs(self, length: int) -> Costs:
-        """Of `_stack`."""
+        """Of `_stack` and the last norm."""
 
         def of(sublayers: Block) -> Costs:
             norms = Costs(parameters=len(sublayers) * norm_parameters(self.norm, self.embed_dim))

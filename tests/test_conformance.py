@@ -32,7 +32,7 @@ MIXER_VARIANTS = {
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
     "linear_transformer": [
-        {"chunk_size": 4, "feature_map": "dpfp"},
+        {"chunk_size": 4, "feature_map": "taylor"},
         {"normalize": False, "feature_map": "identity", "head_norm": "rms", "num_heads": 2, "implementation": "reference"},
     ],
     "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],

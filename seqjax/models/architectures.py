@@ -37,14 +37,16 @@ register_stack(
 )
 
 HEADS = TINY | {"num_heads": 4}
+# A norm of a head's outputs magnifies bfloat16's rounding where its few queries and keys nearly cancel: one such norm.
+NORMED = HEADS | {"num_layers": 1}
 SWIGLU = RMS | {"mlp_ratio": 8 / 3, "mlp_bias": False}
 
 register_stack("linear_transformer", pattern=("linear_transformer", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS)
 # Values and gate are twice as wide as a Transformer's, and the MLP half.
-register_stack("retnet", pattern=("retnet", "glu"), defaults=SWIGLU | {"mlp_ratio": 4 / 3}, example=HEADS)
+register_stack("retnet", pattern=("retnet", "glu"), defaults=SWIGLU | {"mlp_ratio": 4 / 3}, example=NORMED)
 register_stack("gla", pattern=("gla", "glu"), defaults=SWIGLU, example=HEADS)
-register_stack("deltanet", pattern=("deltanet", "glu"), defaults=SWIGLU, example=HEADS)
-register_stack("gated_deltanet", pattern=("gated_deltanet", "glu"), defaults=SWIGLU, example=HEADS)
+register_stack("deltanet", pattern=("deltanet", "glu"), defaults=SWIGLU, example=NORMED)
+register_stack("gated_deltanet", pattern=("gated_deltanet", "glu"), defaults=SWIGLU, example=NORMED)
 
 # Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
 VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}

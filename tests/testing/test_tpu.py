@@ -61,7 +61,7 @@ def test_loops_of_a_schedule():
 def test_missing_libtpu_is_said_clearly(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    tpu._devices.cache_clear()
+    tpu.devices.cache_clear()
     with pytest.raises(ImportError, match=r"libtpu is not installed: pip install"):
         tpu.compile_for("v5e", doubled, BLOCK)
 

@@ -132,9 +132,9 @@ class MatrixStateMixer(Mixer):
         q, k = (self.place(norm(phi(a)), found) for a in (q, k))
         scale = 1.0 if self.normalized else k.shape[-1] ** -0.5
         y, heads = linear_attention(
-            q * scale,
-            k,
-            ACTIVATIONS[self.value_map](v),
+            (q * scale).astype(self.dtype),
+            k.astype(self.dtype),
+            ACTIVATIONS[self.value_map](v).astype(self.dtype),
             self.log_decay(x),
             None if state is None else state.heads,
             beta=self.write_strength(x),
@@ -155,6 +155,8 @@ class MatrixStateMixer(Mixer):
         """Queries and keys `[B, L, H, K]` and values `[B, L, H, W]`, through the convolution."""
         widths = {"query": self.key_dim, "key": self.key_dim, "value": self.value_dim}
         parts = [self.dense(name, width, self.kernel_init, self.qkv_bias)(x) for name, width in widths.items()]
+        # The norms make much of small differences: what lies between two matrix products is rounded once.
+        parts = [a.astype(jnp.promote_types(self.dtype, jnp.float32)) for a in parts]
         if self.conv_width:
             # Depthwise: one convolution over all is three, one over each.
             convolution = ShortConvolution(self.conv_width, use_bias=False, param_dtype=self.param_dtype, name="conv")

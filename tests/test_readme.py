@@ -94,11 +94,12 @@ def test_every_config_is_in_the_readme_and_builds():
         assert outputs.shape == wanted
 
 
-@pytest.mark.parametrize("config", ["python_bytes", "etth1_variates"])
+@pytest.mark.parametrize("config", ["python_bytes", "megabyte_python", "etth1_variates"])
 def test_every_model_that_a_config_names_builds(config):
     scope: dict = {}
     exec((ROOT / f"configs/{config}.py").read_text(), scope)
-    sizes = {"python_bytes": {"vocab_size": 257}, "etth1_variates": {"input_dim": 7, "output_dim": 7, "horizon": 96}}[config]
+    series = {"input_dim": 7, "output_dim": 7, "horizon": 96}
+    sizes = series if config == "etth1_variates" else {"vocab_size": 257}
     for name in scope["MODELS"]:
         seqjax.build({**scope["get_config"](name).model.to_dict(), **sizes})
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from seqjax.config import ConfigError, allowed_values, choose
 from seqjax.layers.dense import Dense
@@ -150,7 +150,16 @@ class Model(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "length_act", "embed_act")), table
 
     @nn.nowrap
-    def check_inputs(self, inputs: Array, state: State | None) -> None:
+    def sequences(self, inputs: Array, segment_ids: Array | None, state: State | None) -> tuple[Array, Array | None]:
+        """Checked inputs and segment ids, one row per sequence: the two of a pair for the matching head follow one another."""
+        self._check_inputs(inputs, state)
+        if self.head == "matching":
+            inputs = inputs.reshape(-1, *inputs.shape[2:])
+            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        return inputs, segment_ids
+
+    @nn.nowrap
+    def _check_inputs(self, inputs: Array, state: State | None) -> None:
         """Raise a ConfigError for inputs of the wrong rank, kind or length, or a state that the head cannot carry."""
         pair = self.head == "matching"
         kind = "tokens, integers" if self.vocab_size is not None else f"floats with {self.input_dim} channels"
@@ -218,6 +227,17 @@ class Model(nn.Module):
         inputs = jnp.zeros(shape, jnp.int32) if self.input_dim is None else jnp.zeros((*shape, self.input_dim))
         _, made = self.apply(variables, inputs, mutable=["derived"])
         return {**variables, **made}
+
+
+def take(x: Float[Array, "B L D"], indices: Int[Array, "B *M"]) -> Float[Array, "B *M D"]:
+    """Each row's vectors at its indices; negative ones give any vector."""
+    flat = jnp.maximum(indices.reshape(x.shape[0], -1, 1), 0)
+    return jnp.take_along_axis(x, flat, axis=1).reshape(*indices.shape, x.shape[-1])
+
+
+def choose_rows(rows: Bool[Array, "B"], new: State, old: State, axis: int = 0) -> State:
+    """`new` for the true rows, `old` for the others; the batch is axis `axis` of each leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1 - axis)), a, b), new, old)
 
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}

@@ -242,7 +242,7 @@ class Chimera(Model):
           segment_ids: a new segment starts wherever the id changes; nothing crosses. Heads that pool take 0 for padding.
           train: dropout and batch statistics are on; needs the rng `dropout` where its rate is positive.
         """
-        self.check_inputs(inputs, state)
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         batch_size, length, variates = inputs.shape
         before = SegmentState.fresh(batch_size) if state is None else state.segment
         found, segment = segments(segment_ids, before, length)

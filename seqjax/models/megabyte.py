@@ -16,8 +16,7 @@ from seqjax.layers.dense import Dense
 from seqjax.layers.embedding import PositionTable, TokenEmbedding
 from seqjax.layers.positions import sinusoids
 from seqjax.mixers.base import Costs, Mixer, State
-from seqjax.models.base import Model
-from seqjax.models.sashimi import take
+from seqjax.models.base import Model, choose_rows, take
 from seqjax.models.sequence_model import Block, SequenceModel, blocks_of, make_sublayer, stack_options
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.registry import register_architecture
@@ -225,10 +224,7 @@ class Megabyte(Model):
           segment_ids: a new segment starts wherever the id changes; nothing crosses. Heads that pool take 0 for padding.
           train: dropout is on; needs the rng `dropout` where its rate is positive.
         """
-        self.check_inputs(inputs, state)
-        if self.head == "matching":
-            inputs = inputs.reshape(-1, *inputs.shape[2:])
-            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         table = self._table("embedding", self.embed_dim)
@@ -382,8 +378,7 @@ def _over_patches(
     def advance(level: Level, old: tuple, vector: Array, run: Array, begins: Array) -> tuple:
         y, coarse = row_by_row(level, old[0], vector, run)
         new = (coarse, y.reshape(old[1].shape))
-        chosen = lambda a, b: jnp.where(begins.reshape(-1, *(1,) * (a.ndim - 1)), a, b)
-        return new if len(begins) == 1 else jax.tree.map(chosen, new, old)
+        return new if len(begins) == 1 else choose_rows(begins, new, old)
 
     shared = {"variable_axes": {"params": None, "batch_stats": None, "derived": None}}
     row_by_row = nn.vmap(

@@ -18,7 +18,7 @@ from seqjax.layers.dense import Dense
 from seqjax.layers.norms import make_norm, norm_parameters
 from seqjax.mixers.attention import Attention, AttentionState
 from seqjax.mixers.base import Costs, State
-from seqjax.models.base import Window
+from seqjax.models.base import Window, choose_rows
 from seqjax.models.heads import HEADS
 from seqjax.models.sequence_model import (
     Block,
@@ -247,10 +247,7 @@ class PerceiverAR(SequenceModel):
           train: dropout is on, and without a state a sequence of more than `num_latents` has outputs in a `Window` alone;
             needs the rng `dropout`.
         """
-        self.check_inputs(inputs, state)
-        if self.head == "matching":
-            inputs = inputs.reshape(-1, *inputs.shape[2:])
-            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         packed = segment_ids is not None
         before = SegmentState.fresh(inputs.shape[0] if packed else 1) if state is None else state.inputs.segment
         found, after = segments(segment_ids, before, inputs.shape[1])
@@ -331,8 +328,8 @@ class PerceiverAR(SequenceModel):
             new = fresh
             if repeated:
                 _, later = latents.each_row(recent[:, -repeated:], fresh, train)
-                new = _chosen(position >= size, later, fresh)
-            return _chosen(window_begins(position, size, stride), new, within)
+                new = choose_rows(position >= size, later, fresh)
+            return choose_rows(window_begins(position, size, stride), new, within)
 
         def step(latents: LatentStack, carry: tuple, token: tuple) -> tuple[tuple, Array]:
             (recent, within), (z, position) = carry, token
@@ -393,11 +390,6 @@ class PerceiverAR(SequenceModel):
 def _cut(a: Array, start: int | Array, length: int) -> Array:
     """`length` positions from `start` on."""
     return a if length == a.shape[1] else jax.lax.dynamic_slice_in_dim(a, start, length, axis=1)
-
-
-def _chosen(rows: Array, new: State, old: State) -> State:
-    """`new` for the true rows, `old` for the others."""
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1)), a, b), new, old)
 
 
 PATTERN = ("attention", "mlp")

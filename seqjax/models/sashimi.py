@@ -15,7 +15,7 @@ from seqjax.config import ConfigError, Option, options_of
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import make_norm, norm_parameters
 from seqjax.mixers.base import Costs, State
-from seqjax.models.base import Model
+from seqjax.models.base import Model, choose_rows, take
 from seqjax.models.sequence_model import Block, Frame, Residual, SequenceModel, make_sublayer, stack_options
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.registry import register_architecture
@@ -177,7 +177,7 @@ class Tier(nn.Module):
         def advance(tier: Tier, old: tuple) -> tuple:
             whole = jnp.concatenate([group, x], axis=1)[:, None]
             y, coarse = tier.coarse(tier.down(fold(whole)), old[1], (runs, positions // factor), train)
-            return _chosen(ended, unfold(tier.up(y), factor)[:, 0], old[0]), _chosen_state(ended, coarse, old[1])
+            return choose_rows(ended, unfold(tier.up(y), factor)[:, 0], old[0]), _chosen_state(ended, coarse, old[1])
 
         # Rematerialised, the branch keeps nothing for the backward pass that the other one would have to make up.
         advance = nn.remat(advance, prevent_cse=False)
@@ -281,10 +281,7 @@ class Sashimi(Model):
           segment_ids: a new segment starts wherever the id changes; nothing crosses. Heads that pool take 0 for padding.
           train: dropout is on; needs the rng `dropout` where its rate is positive.
         """
-        self.check_inputs(inputs, state)
-        if self.head == "matching":
-            inputs = inputs.reshape(-1, *inputs.shape[2:])
-            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, found.positions, train)
@@ -382,12 +379,6 @@ def find_groups(runs: Int[Array, "B L"], positions: Int[Array, "B L"], factor: i
     )
 
 
-def take(x: Float[Array, "B L D"], indices: Int[Array, "B *M"]) -> Float[Array, "B *M D"]:
-    """Each row's vectors at its indices; negative ones give any vector."""
-    flat = jnp.maximum(indices.reshape(x.shape[0], -1, 1), 0)
-    return jnp.take_along_axis(x, flat, axis=1).reshape(*indices.shape, x.shape[-1])
-
-
 def fold(x: Float[Array, "B M P D"]) -> Float[Array, "B M DP"]:
     """The vectors of a group as one, channel by channel."""
     return jnp.swapaxes(x, 2, 3).reshape(*x.shape[:2], -1)
@@ -398,14 +389,9 @@ def unfold(x: Float[Array, "B M DP"], factor: int) -> Float[Array, "B M P D"]:
     return jnp.swapaxes(x.reshape(*x.shape[:2], -1, factor), 2, 3)
 
 
-def _chosen(rows: Bool[Array, "B"], new: State, old: State, axis: int = 0) -> State:
-    """`new` for the true rows, `old` for the others; the batch is axis `axis` of each leaf."""
-    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (a.ndim - 1 - axis)), a, b), new, old)
-
-
 def _chosen_state(rows: Bool[Array, "B"], new: TierState, old: TierState) -> TierState:
-    layers, down_layers = (_chosen(rows, a, b, axis=1) for a, b in zip(new[:2], old[:2]))
-    group, held = (_chosen(rows, a, b) for a, b in zip(new[2:4], old[2:4]))
+    layers, down_layers = (choose_rows(rows, a, b, axis=1) for a, b in zip(new[:2], old[:2]))
+    group, held = (choose_rows(rows, a, b) for a, b in zip(new[2:4], old[2:4]))
     coarse = None if new.coarse is None else _chosen_state(rows, new.coarse, old.coarse)
     return TierState(layers, down_layers, group, held, coarse)
 

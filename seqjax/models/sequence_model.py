@@ -191,10 +191,7 @@ class SequenceModel(Model):
           segment_ids: a new segment starts wherever the id changes; nothing crosses. Heads that pool take 0 for padding.
           train: dropout, stochastic depth and batch statistics are on; needs the rng `dropout` where a rate is positive.
         """
-        self.check_inputs(inputs, state)
-        if self.head == "matching":
-            inputs = inputs.reshape(-1, *inputs.shape[2:])
-            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         inputs, segment_ids, restore = series_rows(inputs, segment_ids, self.series_norm, self.channel_independent)
         if HEADS[self.head].variates:
             if segment_ids is not None:  # values outside the window count as 0, its mean where it is normalised

@@ -217,10 +217,7 @@ class UniversalTransformer(Model):
             the ponder cost.
           train: dropout, position offsets and the ponder cost are on; needs the rng `dropout` for the first two.
         """
-        self.check_inputs(inputs, state)
-        if self.head == "matching":
-            inputs = inputs.reshape(-1, *inputs.shape[2:])
-            segment_ids = None if segment_ids is None else segment_ids.reshape(inputs.shape[:2])
+        inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, None, train)

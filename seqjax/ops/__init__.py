@@ -1,6 +1,6 @@
 """Pure functions on arrays: no parameters, no Flax. Needs jax and jaxtyping alone."""
 
-from seqjax.ops.attention import attended_pairs, flash_attention
+from seqjax.ops.attention import SOFTMAX, attended_pairs, decode_attention, flash_attention, merge_attention
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
@@ -12,6 +12,7 @@ from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLow
 __all__ = [
     "AFFINE",
     "COMPLEX_AFFINE",
+    "SOFTMAX",
     "CompanionSystem",
     "DenseSystem",
     "DiagonalPlusLowRankSystem",
@@ -22,12 +23,14 @@ __all__ = [
     "Segments",
     "Tail",
     "attended_pairs",
+    "decode_attention",
     "discretize_dense",
     "discretize_diagonal",
     "flash_attention",
     "linear_attention",
     "linear_scan",
     "long_convolution",
+    "merge_attention",
     "prefix_scan",
     "segments",
     "short_convolution",

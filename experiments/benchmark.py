@@ -3,6 +3,7 @@
 python experiments/benchmark.py train_step --out=docs/results/train_step.json
 python experiments/benchmark.py generate --new_tokens=512
 python experiments/benchmark.py generate_runs runs/megabyte runs/transformer --new_tokens=8192
+python experiments/benchmark.py generate_images --batch=8
 python experiments/benchmark.py attention --rounds=20
 python experiments/benchmark.py scan --shapes 1x1024x256x16
 python experiments/benchmark.py state_space --batches 1 8 --lengths 256 4096
@@ -20,7 +21,7 @@ import os
 from collections.abc import Callable
 
 from benchmarks.attention import attention
-from benchmarks.generation import generate, generate_runs
+from benchmarks.generation import generate, generate_images, generate_runs
 from benchmarks.linear_attention import linear_attention
 from benchmarks.scan import scan
 from benchmarks.selective_scan import selective_scan
@@ -54,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     command(generate, 1, **model, prompt=16, new_tokens=512, bucket=64)
     runs = command(generate_runs, 3, batch=1, new_tokens=8192)
     runs.add_argument("workdirs", nargs="+", help="folders of runs, the baseline last")
+    command(generate_images, 1, layers=8, width=256, heads=8, batch=1, pixels=784, bucket=56)
     shapes = [(4, 512, 4, 64), (1, 4096, 4, 64)]
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")
     shapes = [(1, 1024, 256, 16), (4, 1024, 256, 16), (8, 2048, 512, 16)]

@@ -50,6 +50,34 @@ def generate_runs(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
     return compared(timings, args.workdirs[-1], args.batch * args.new_tokens), {"costs": costs}
 
 
+def generate_images(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """Images pixel by pixel: the Linear Transformer from its state, the Transformer with a key-value cache and without."""
+    sizes = {
+        "vocab_size": GREYS,
+        "embed_dim": args.width,
+        "num_layers": args.layers,
+        "num_heads": args.heads,
+        "position": "none",
+    }
+    functions, held = {}, {}
+    for name, way in (("transformer", "Transformer, key-value cache"), ("linear_transformer", "Linear Transformer")):
+        model = seqjax.build({"name": name, **sizes})
+        first = jnp.zeros((args.batch, 1), jnp.int32)
+        variables = jax.jit(model.init)(jax.random.key(0), first)
+        if name == "transformer":
+            stops = [*range(args.bucket, args.pixels, args.bucket), args.pixels]
+            functions["Transformer, recomputed"] = functools.partial(_recompute, model, variables, first, stops)
+        functions[way] = functools.partial(seqjax.generate, model, variables, first, args.pixels - 1)
+        held[way] = model.costs(args.pixels).state_bytes
+    timings = time_side_by_side(functions, args.rounds)
+    rows = compared(timings, "Transformer, recomputed", args.batch)
+    return rows, {"seconds_per_image": {name: t.median / args.batch for name, t in timings.items()}, "state_bytes": held}
+
+
+GREYS = 256
+"""Values of a pixel."""
+
+
 def _recompute(model: Any, variables: Any, prompts: jax.Array, stops: list[int]) -> jax.Array:
     """Greedy tokens after the prompts; tokens before each of `stops` see a prefix padded to that length."""
     length = prompts.shape[1]

@@ -29,6 +29,7 @@ MIXER_VARIANTS = {
     "gated_deltanet": [{"negative_eigenvalues": True, "chunk_size": 4, "output_gate": "sigmoid", "head_norm": "layer"}],
     "gla": [{"chunk_size": 4, "conv_width": 3, "output_gate": None, "feature_map": "elu_plus_one", "qkv_bias": True}],
     "glu": [{"activation": "gelu", "mlp_bias": False}],
+    "gru": [{"hidden_dim": 5}],
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
     "linear_transformer": [
@@ -36,6 +37,7 @@ MIXER_VARIANTS = {
         {"normalize": False, "feature_map": "identity", "head_norm": "rms", "num_heads": 2, "implementation": "reference"},
     ],
     "lmu": [{"state_dim": 5, "theta": 10.0, "implementation": "convolution"}],
+    "lstm": [{"hidden_dim": 5}],
     "lssl": [{"state_dim": 5, "implementation": "convolution", "learn": "none", "channels": 2}],
     "mamba": [
         {"state_dim": 4, "selective": ("C",), "complex_modes": True, "gate": False, "conv_bias": False, "use_bias": True},
@@ -46,6 +48,9 @@ MIXER_VARIANTS = {
         {"state_dim": 3, "head_dim": 4, "num_groups": 2, "chunk_size": 4, "use_bias": True, "dt_limit": (0.01, 0.5)},
         {"state_dim": 3, "head_dim": 8, "conv_width": 1, "conv_bias": False},
     ],
+    "min_gru": [{"expand": 1, "conv_width": 1, "candidate": "positive", "use_bias": True}],
+    "para_gru": [{"implementation": "newton"}, {"implementation": "newton", "max_iterations": 1, "conv_width": 1}],
+    "para_lstm": [{"implementation": "newton", "num_heads": 2, "expand": 2}],
     "retnet": [{"rope_theta": None, "head_norm": "layer", "num_heads": 1, "chunk_size": 4}],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from seqjax.config import ConfigError
+from seqjax.config import ConfigError, choose
 from seqjax.data.task import Example, Task
 from seqjax.registry import register_task
 
@@ -117,12 +117,16 @@ class InductionHeads(Generated):
 
     Attributes:
       sequence_length: positions, 3 or more.
+      distances: of the first mark from the second, "uniform" or "log_uniform": then more are short, which are learned
+        first.
     """
 
     sequence_length: int = 256
+    distances: str = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        choose(dict.fromkeys(("uniform", "log_uniform")), self.distances, "data.distances")
         if self.sequence_length < 3:
             raise ConfigError(f"data.sequence_length={self.sequence_length} is too small; allowed: 3 or more.")
 
@@ -137,11 +141,17 @@ class InductionHeads(Generated):
     def draw(self, random: np.random.RandomState) -> Example:
         mark = self.num_tokens
         inputs = random.randint(self.num_tokens, size=self.length).astype(np.int32)
-        first = random.randint(self.length - 2)
+        first = self.length - 1 - self._draw_distance(random)
         inputs[[first, -1]] = mark
         targets, weights = np.zeros(self.length, np.int32), np.zeros(self.length, np.float32)
         targets[-1], weights[-1] = inputs[first + 1], 1
         return {"inputs": inputs, "targets": targets, "weights": weights}
+
+    def _draw_distance(self, random: np.random.RandomState) -> int:
+        """From 2 to `length - 1`."""
+        if self.distances == "uniform":
+            return self.length - 1 - random.randint(self.length - 2)
+        return min(int(np.exp(random.uniform(np.log(2), np.log(self.length)))), self.length - 1)
 
     def baselines(self) -> dict[str, float]:
         return {"guessing": float(np.log(self.num_tokens))}

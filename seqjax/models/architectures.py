@@ -22,6 +22,8 @@ register_stack("lmu", pattern=("lmu", "mlp"), defaults=SEQUENCE, example=TINY | 
 register_stack(
     "spacetime", pattern=("spacetime", "mlp"), defaults=SEQUENCE, example=TINY | {"state_dim": 4}, causal=(True, False)
 )
+register_stack("gru", pattern=("gru",), defaults=SEQUENCE, example=TINY)
+register_stack("lstm", pattern=("lstm",), defaults=SEQUENCE, example=TINY)
 
 RMS = SEQUENCE | {"norm": "rms"}
 
@@ -35,6 +37,9 @@ register_stack(
     causal=(False,),
     carries_state=False,
 )
+register_stack("para_gru", pattern=("para_gru", "glu"), defaults=RMS, example=TINY)
+register_stack("para_lstm", pattern=("para_lstm", "glu"), defaults=RMS, example=TINY)
+register_stack("min_gru", pattern=("min_gru", "mlp"), defaults=RMS, example=TINY)
 
 HEADS = TINY | {"num_heads": 4}
 # A norm of a head's outputs magnifies bfloat16's rounding where its few queries and keys nearly cancel: one such norm.

@@ -1,10 +1,12 @@
 """Pure functions on arrays: no parameters, no Flax. Needs jax and jaxtyping alone."""
 
+from seqjax.ops.affine_scan import affine_scan
 from seqjax.ops.attention import SOFTMAX, attended_pairs, decode_attention, flash_attention, merge_attention
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
 from seqjax.ops.linear_attention import linear_attention
+from seqjax.ops.newton_scan import newton_scan
 from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLowRankSystem, DiagonalSystem
@@ -22,6 +24,7 @@ __all__ = [
     "SegmentState",
     "Segments",
     "Tail",
+    "affine_scan",
     "attended_pairs",
     "decode_attention",
     "discretize_dense",
@@ -31,6 +34,7 @@ __all__ = [
     "linear_scan",
     "long_convolution",
     "merge_attention",
+    "newton_scan",
     "prefix_scan",
     "segments",
     "short_convolution",

@@ -33,6 +33,15 @@ def test_induction_heads_ask_for_what_followed_the_mark():
     assert firsts == set(range(10))
 
 
+def test_marks_may_stand_near_more_often():
+    task = InductionHeads(sequence_length=256, num_tokens=5, distances="log_uniform")
+    marks = [np.flatnonzero(task.examples("train")[i]["inputs"] == 5) for i in range(400)]
+    distances = np.array([last - first for first, last in marks])
+    assert distances.min() == 2 and 128 < distances.max() <= 255
+    # As many between 2 and 16 as between 16 and 128.
+    assert np.log2(np.median(distances)) == pytest.approx(4.5, abs=0.5)
+
+
 @pytest.mark.parametrize("kind", [SelectiveCopying, InductionHeads])
 def test_examples_are_functions_of_seed_split_and_index(kind):
     read = lambda split, index, seed=0: kind(seed=seed).examples(split)[index]["inputs"]
@@ -49,6 +58,7 @@ def test_examples_are_functions_of_seed_split_and_index(kind):
         (lambda: SelectiveCopying(context=4, num_copied=5), "data.num_copied=5 does not fit data.context=4"),
         (lambda: InductionHeads(sequence_length=2), "data.sequence_length=2 is too small"),
         (lambda: InductionHeads(num_tokens=0), "data.num_tokens=0"),
+        (lambda: InductionHeads(distances="log"), "data.distances='log'.*log_uniform"),
     ],
 )
 def test_bad_options(make, message):

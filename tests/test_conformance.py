@@ -24,6 +24,7 @@ MIXER_VARIANTS = {
         {"causal": False},
         {"causal": False, "window": 3, "position": "alibi"},
     ],
+    "aaren": [{"implementation": "associative", "num_heads": 2, "qkv_bias": True}],
     "deltanet": [{"negative_eigenvalues": True, "conv_width": 0, "qk_norm": "sum", "feature_map": "relu", "chunk_size": 4}],
     "dss": [{"state_dim": 3, "kernel": "softmax", "kernel_length": 64, "implementation": "convolution"}],
     "gated_deltanet": [{"negative_eigenvalues": True, "chunk_size": 4, "output_gate": "sigmoid", "head_norm": "layer"}],

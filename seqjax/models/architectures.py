@@ -47,6 +47,7 @@ NORMED = HEADS | {"num_layers": 1}
 SWIGLU = RMS | {"mlp_ratio": 8 / 3, "mlp_bias": False}
 
 register_stack("linear_transformer", pattern=("linear_transformer", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS)
+register_stack("aaren", pattern=("aaren", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS)
 # Values and gate are twice as wide as a Transformer's, and the MLP half.
 register_stack("retnet", pattern=("retnet", "glu"), defaults=SWIGLU | {"mlp_ratio": 4 / 3}, example=NORMED)
 register_stack("gla", pattern=("gla", "glu"), defaults=SWIGLU, example=HEADS)

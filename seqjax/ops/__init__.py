@@ -1,14 +1,16 @@
 """Pure functions on arrays: no parameters, no Flax. Needs jax and jaxtyping alone."""
 
 from seqjax.ops.affine_scan import affine_scan
-from seqjax.ops.attention import SOFTMAX, attended_pairs, decode_attention, flash_attention, merge_attention
+from seqjax.ops.attention import attended_pairs, decode_attention, flash_attention, merge_attention
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
 from seqjax.ops.linear_attention import linear_attention
 from seqjax.ops.newton_scan import newton_scan
+from seqjax.ops.prefix_attention import prefix_attention
 from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
 from seqjax.ops.segments import Segments, SegmentState, segments
+from seqjax.ops.softmax import SOFTMAX, SoftmaxSums
 from seqjax.ops.state_space import CompanionSystem, DenseSystem, DiagonalPlusLowRankSystem, DiagonalSystem
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "Pair",
     "SegmentState",
     "Segments",
+    "SoftmaxSums",
     "Tail",
     "affine_scan",
     "attended_pairs",
@@ -35,6 +38,7 @@ __all__ = [
     "long_convolution",
     "merge_attention",
     "newton_scan",
+    "prefix_attention",
     "prefix_scan",
     "segments",
     "short_convolution",

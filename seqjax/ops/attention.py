@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from seqjax.ops import blockwise_attention
 from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, distances, visible
 from seqjax.ops.dispatch import dispatch
-from seqjax.ops.scan import Monoid
+from seqjax.ops.softmax import SoftmaxSums, merge_sums
 
 
 def flash_attention(
@@ -140,21 +140,9 @@ def merge_attention(
     Returns:
       Output and log-sum-exp of the whole; zeros and -inf where no part has a key.
     """
-    top = functools.reduce(jnp.maximum, lses)
-    top = jax.lax.stop_gradient(jnp.where(top > -jnp.inf, top, 0))
-    weights = [jnp.exp(lse - top) for lse in lses]
-    total = sum(weights)
-    empty = total == 0
-    total = jnp.where(empty, 1, total)
-    mixed = sum((weight / total)[..., None] * out for weight, out in zip(weights, outputs))
-    return mixed.astype(jnp.result_type(*outputs)), jnp.where(empty, -jnp.inf, top + jnp.log(total))
-
-
-SOFTMAX = Monoid(
-    lambda earlier, later: merge_attention(*zip(earlier, later)),
-    lambda e: (jnp.zeros_like(e[0]), jnp.full_like(e[1], -jnp.inf)),
-)
-"""Softmax averages over sets of keys: elements `(output [..., W], log-sum-exp [...])`; of one key, its value and logit."""
+    parts = [SoftmaxSums(lse, out, jnp.ones_like(lse)) for out, lse in zip(outputs, lses)]
+    whole = functools.reduce(merge_sums, parts)
+    return whole.mean.astype(jnp.result_type(*outputs)), whole.log_sum
 
 
 def attended_pairs(length: int, *, causal: bool, window: int | None) -> int:

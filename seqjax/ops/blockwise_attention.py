@@ -141,7 +141,7 @@ def _call(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, bias: Ar
 
 
 def _blocks(length: int, num_keys: int) -> tuple[Blocks, Blocks]:
-    """Blocks of 128 on short sequences, of 256 on longer ones, so that scores stay in cache; larger where there are too many."""
+    """Blocks of 128 on short sequences, of 256 on longer ones, so that scores stay in cache; larger where they are too many."""
     least = 128 if max(length, num_keys) <= 1024 else 256
     return tuple(Blocks(n, max(1, min(n, max(least, -(-n // MOST_BLOCKS))))) for n in (length, num_keys))
 

@@ -11,13 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqjax.ops import (
-    SOFTMAX,
     attended_pairs,
     blockwise_attention,
     decode_attention,
     flash_attention,
     merge_attention,
-    prefix_scan,
 )
 from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, live_blocks, static_blocks, visible
 
@@ -308,20 +306,6 @@ def test_parts_merge_to_the_whole_and_so_do_their_gradients(parts):
     np.testing.assert_allclose(lse, wanted_lse, atol=2e-6)
     for got, value in zip(gradients, wanted.values()):
         np.testing.assert_allclose(got, value, atol=1e-5)
-
-
-@pytest.mark.parametrize("implementation", ["sequential", "associative"])
-def test_prefixes_of_the_softmax_monoid_are_attention_to_a_prefix(implementation):
-    """One query for all positions (Feng et al. 2024): a prefix's softmax average by a scan."""
-    rng = np.random.default_rng(0)
-    logits, values = rng.standard_normal((2, 9)).astype(np.float32), rng.standard_normal((2, 9, 3)).astype(np.float32)
-    elements = (jnp.asarray(values), jnp.asarray(logits))
-    (out, lse), _ = prefix_scan(SOFTMAX, elements, implementation=implementation)
-    for t in range(9):
-        weights = np.exp(logits[:, : t + 1].astype(np.float64))
-        wanted = np.einsum("bs,bsw->bw", weights, values[:, : t + 1]) / weights.sum(1, keepdims=True)
-        np.testing.assert_allclose(out[:, t], wanted, atol=2e-6)
-        np.testing.assert_allclose(lse[:, t], np.log(weights.sum(1)), atol=2e-6)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -33,6 +33,7 @@ MIXER_VARIANTS = {
     "gru": [{"hidden_dim": 5}],
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
+    "lightnet": [{"initial_unit": True, "chunk_size": 4, "num_heads": 2, "gate_rank": 3}],
     "linear_transformer": [
         {"chunk_size": 4, "feature_map": "taylor"},
         {"normalize": False, "feature_map": "identity", "head_norm": "rms", "num_heads": 2, "implementation": "reference"},
@@ -50,9 +51,13 @@ MIXER_VARIANTS = {
         {"state_dim": 3, "head_dim": 8, "conv_width": 1, "conv_bias": False},
     ],
     "min_gru": [{"expand": 1, "conv_width": 1, "candidate": "positive", "use_bias": True}],
+    "mlstm": [{"expand": 1, "qkv_block": 2, "num_heads": 2, "chunk_size": 4, "conv_width": 2}],
     "para_gru": [{"implementation": "newton"}, {"implementation": "newton", "max_iterations": 1, "conv_width": 1}],
     "para_lstm": [{"implementation": "newton", "num_heads": 2, "expand": 2}],
     "retnet": [{"rope_theta": None, "head_norm": "layer", "num_heads": 1, "chunk_size": 4}],
+    "rg_lru": [{"num_heads": 2, "conv_width": 1, "use_bias": False, "expand": 2}],
+    "rwkv_channel_mix": [{"mlp_ratio": 2.0, "depth": 0.0}],
+    "rwkv_time_mix": [{"inner_dim": 10, "depth": 1.0}],
     "s4": [
         {"state_dim": 8, "implementation": "convolution", "measure": "legt", "num_systems": 4, "channels": 2},
         {"state_dim": 8, "causal": False},
@@ -65,6 +70,7 @@ MIXER_VARIANTS = {
         {"state_dim": 8, "blocks": 2, "gate": "half_glu2", "implementation": "chunked", "discretization": "bilinear"},
         {"state_dim": 8, "causal": False, "implementation": "associative"},
     ],
+    "slstm": [{"num_heads": 2, "conv_width": 2}],
     "spacetime": [
         {"state_dim": 5, "implementation": "convolution", "num_kernels": 4, "channels": 2},
         {"state_dim": 2, "preprocess": True},

@@ -1,4 +1,4 @@
-"""Normalisation by name: layer, RMS with and without a scale, batch and none."""
+"""Normalisation by name: layer and RMS, each with and without a scale, batch and none."""
 
 from __future__ import annotations
 
@@ -14,11 +14,16 @@ from seqjax.config import choose
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation over the last dimension (Ba et al. 2016), computed in at least float32."""
+    """Layer normalisation over the last dimension (Ba et al. 2016), computed in at least float32.
+
+    Attributes:
+      use_scale: multiply each feature by a parameter and add another.
+    """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    use_scale: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
@@ -27,7 +32,8 @@ class LayerNorm(nn.Module):
         centred = wide - mean
         variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
         y = centred * jax.lax.rsqrt(variance + self.epsilon)
-        y = y * _vector(self, "scale", nn.initializers.ones, x) + _vector(self, "bias", nn.initializers.zeros, x)
+        if self.use_scale:
+            y = y * _vector(self, "scale", nn.initializers.ones, x) + _vector(self, "bias", nn.initializers.zeros, x)
         return y.astype(self.dtype)
 
 
@@ -115,6 +121,7 @@ class NoNorm(nn.Module):
 
 NORMS = {
     "layer": LayerNorm,
+    "layer_unscaled": functools.partial(LayerNorm, use_scale=False),
     "rms": RMSNorm,
     "rms_unscaled": functools.partial(RMSNorm, use_scale=False),
     "batch": BatchNorm,
@@ -129,7 +136,7 @@ def make_norm(kind: str, **options: Any) -> nn.Module:
 
 def norm_parameters(kind: str, width: int) -> int:
     """How many parameters a normalisation of this kind trains."""
-    return {"none": 0, "rms_unscaled": 0, "rms": width}.get(kind, 2 * width)
+    return {"none": 0, "rms_unscaled": 0, "layer_unscaled": 0, "rms": width}.get(kind, 2 * width)
 
 
 def _vector(module: nn.Module, name: str, init: Any, x: Array) -> Array:

@@ -32,6 +32,7 @@ class Before(NamedTuple):
     cell: Any
     tail: Tail | None
     starts: Bool[Array, "B L"] | None
+    opens: Bool[Array, "#B L"]  # first tokens of their segments
     runs: Int[Array, "B L"] | None
     segment: SegmentState  # after the call
 
@@ -75,9 +76,8 @@ class DiagonalRecurrence(Mixer):
         found, after = segments(segment_ids, before, x.shape[1])
         starts = None if segment_ids is None else found.starts
         runs = None if segment_ids is None and state is None else jnp.broadcast_to(found.runs, x.shape[:2])
-        if state is None:
-            return Before(self.zeros(x.shape[0]), None, starts, runs, after)
-        return Before(state.cell, state.convolution, starts, runs, after)
+        cell, tail = (self.zeros(x.shape[0]), None) if state is None else (state.cell, state.convolution)
+        return Before(cell, tail, starts, found.positions == 0, runs, after)
 
     def convolve(self, u: Float[Array, "B L E"], before: Before) -> tuple[Float[Array, "B L E"], Tail | None]:
         if self.conv_width == 1:

@@ -54,6 +54,26 @@ register_stack("gla", pattern=("gla", "glu"), defaults=SWIGLU, example=HEADS)
 register_stack("deltanet", pattern=("deltanet", "glu"), defaults=SWIGLU, example=NORMED)
 register_stack("gated_deltanet", pattern=("gated_deltanet", "glu"), defaults=SWIGLU, example=NORMED)
 
+# Attention of one key head sees the last tokens alone; MLPs are gated and three times as wide.
+register_stack(
+    "griffin",
+    pattern=(("rg_lru", "glu"), ("rg_lru", "glu"), ({"name": "attention", "num_kv_heads": 1, "position": "rope"}, "glu")),
+    defaults=RMS | {"activation": "gelu", "mlp_ratio": 3.0, "window": 1024},
+    example=TINY | {"num_heads": 4, "num_layers": 3, "window": 8},
+)
+
+register_stack(
+    "rwkv4", pattern=("rwkv_time_mix", "rwkv_channel_mix"), defaults=SEQUENCE | {"tie_embeddings": False}, example=TINY
+)
+
+register_stack(
+    "xlstm",
+    pattern=(("mlstm",), ("slstm", "glu")),
+    defaults=SEQUENCE | {"mlp_ratio": 4 / 3, "mlp_bias": False, "activation": "gelu_exact"},
+    example=NORMED | {"num_layers": 2},
+)
+register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED)
+
 # Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
 VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}
 FORECAST = {"input_dim": 5, "output_dim": 5, "horizon": 14, "embed_dim": 16, "num_layers": 2}

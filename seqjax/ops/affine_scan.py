@@ -30,7 +30,7 @@ def affine_scan(
     """States of `h_t = A_t h_(t-1) + x_t`, one small system for each feature.
 
     Args:
-      transitions: A, `[B, L, *N]`; for states of K components, K rows of K such arrays.
+      transitions: A, broadcast to `[B, L, *N]`; for states of K components, K rows of K such arrays.
       inputs: x, `[B, L, *N]`; or K such arrays.
       initial: h before the first step, `[B, *N]` or K such arrays; zeros by default.
       starts: where a segment starts: h is zero before that step.
@@ -50,6 +50,7 @@ def affine_scan(
     if initial is None:
         initial = tuple(jnp.zeros_like(x[:, 0]) for x in inputs)
     transitions, inputs, initial = jax.tree.map(lambda a: a.astype(dtype), (transitions, inputs, initial))
+    transitions = jax.tree.map(lambda a: jnp.broadcast_to(a, inputs[0].shape), transitions)
     if starts is not None:  # a transition of zero forgets what came before
         edges = jnp.pad(starts[:, 1:], [(0, 0), (0, 1)]) if reverse else starts
         transitions = jax.tree.map(lambda a: jnp.where(spread(edges, a), 0, a), transitions)

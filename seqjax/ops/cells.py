@@ -95,3 +95,32 @@ def para_lstm_cell(
     c = g + f * (c - g)
     o = jax.nn.sigmoid(a[1] * h + p[1] * c + x[..., 1, :])
     return c, o * jnp.tanh(c)
+
+
+def slstm_cell(
+    weights: Float[Array, "H D 4 D"],
+    state: tuple[Float[Array, "B H D"], Float[Array, "B H D"], Float[Array, "B H D"], Float[Array, "B H D"]],
+    x: Float[Array, "B 4 H D"],
+) -> tuple[tuple, Float[Array, "B H D"]]:
+    """The scalar memory of xLSTM with exponential gates, heads apart (Beck et al. 2024, eqs. 8 to 18).
+
+    `i = exp(x_i + R_i h)`, `f = sigmoid(x_f + R_f h)`, `z = tanh(x_z + R_z h)`, `o = sigmoid(x_o + R_o h)`,
+    `c' = f c + i z`, `n' = f n + i`, `h' = o c' / n'`; c and n are kept in units of `exp(m)`, so that nothing overflows.
+
+    Args:
+      weights: R, a matrix per head and gate, in the order i, f, z, o.
+      state: c, n, h and m; where n is 0 nothing has been seen.
+      x: maps of the inputs, biases included, in the same order.
+    Returns:
+      The next state, and its h.
+    """
+    c, n, h, m = state
+    heads, width = weights.shape[:2]
+    fed = jnp.einsum("bhd,hdp->bhp", h, weights.reshape(heads, width, -1), precision=jax.lax.Precision.HIGHEST)
+    i, f, z, o = jnp.moveaxis(x + fed.reshape(*h.shape[:2], 4, width).swapaxes(1, 2), 1, 0)
+    kept = jax.nn.log_sigmoid(f) + m
+    m = jax.lax.stop_gradient(jnp.where(n == 0, i, jnp.maximum(kept, i)))
+    kept, added = jnp.where(n == 0, 0, jnp.exp(kept - m)), jnp.exp(i - m)
+    c, n = kept * c + added * jnp.tanh(z), kept * n + added
+    h = jax.nn.sigmoid(o) * c / n
+    return (c, n, h, m), h

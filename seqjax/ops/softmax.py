@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ class SoftmaxSums(NamedTuple):
     denominator: Float[Array, "*N"]
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], width: int, dtype: jnp.dtype) -> SoftmaxSums:
+    def empty(cls, shape: tuple[int, ...], width: int, dtype: Any) -> SoftmaxSums:
         """Sums over nothing, `[*shape]` and `[*shape, width]`."""
         return cls(jnp.full(shape, -jnp.inf, dtype), jnp.zeros((*shape, width), dtype), jnp.zeros(shape, dtype))
 

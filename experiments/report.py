@@ -40,7 +40,8 @@ def main() -> int:
 
 def report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     """Write `out` and the picture, and print the table."""
-    configs = [_config(workdir) for workdir in workdirs]
+    # Options that are younger than a run have their defaults there.
+    configs = [complete(_config(workdir)).to_dict() for workdir in workdirs]
     runs = [read_records(workdir / "metrics.jsonl") for workdir in workdirs]
     task = make_task(complete(configs[0]))
     varied = sorted({key for config in configs for key in differing_keys(configs[0], config)})

@@ -28,6 +28,7 @@ MIXER_VARIANTS = {
     "deltanet": [{"negative_eigenvalues": True, "conv_width": 0, "qk_norm": "sum", "feature_map": "relu", "chunk_size": 4}],
     "dss": [{"state_dim": 3, "kernel": "softmax", "kernel_length": 64, "implementation": "convolution"}],
     "gated_deltanet": [{"negative_eigenvalues": True, "chunk_size": 4, "output_gate": "sigmoid", "head_norm": "layer"}],
+    "fourier": [{"max_length": 14}],
     "gla": [{"chunk_size": 4, "conv_width": 3, "output_gate": None, "feature_map": "elu_plus_one", "qkv_bias": True}],
     "glu": [{"activation": "gelu", "mlp_bias": False}],
     "gru": [{"hidden_dim": 5}],

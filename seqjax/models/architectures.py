@@ -73,6 +73,7 @@ register_stack(
     example=NORMED | {"num_layers": 2},
 )
 register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED)
+register_stack("fnet_ar", pattern=("fourier", "mlp"), defaults=SEQUENCE, example=TINY)
 
 # Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
 VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}

@@ -262,7 +262,7 @@ def state_bytes_are_declared(subject: Subject) -> None:
 
 def parameters_are_declared(subject: Subject) -> None:
     """Every parameter has a logical name for each axis, and `costs` counts them all."""
-    boxes = jax.tree.leaves(subject.boxed["params"], is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
+    boxes = jax.tree.leaves(subject.boxed.get("params", {}), is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
     for box in boxes:
         assert isinstance(box, nn.LogicallyPartitioned), f"a parameter of shape {box.shape} has no logical axes"
         assert len(box.names) == box.value.ndim, f"{box.names} does not name the axes of shape {box.value.shape}"

@@ -1,12 +1,25 @@
 """Keep track of a state over 16 tokens, and be tested on 64: parity, or running products of permutations.
 
-The argument names the mixer and the task: `--config=configs/state_tracking.py:lstm,parity` (the default), `para_lstm,a5`,
-`transformer,s3`. Beyond the trained length, and only there:
-`experiments/evaluate.py --set=sequence_length=64 --set=scored_from=16`.
+The argument names the model and the task: `--config=configs/state_tracking.py:lstm,parity` (the default), `para_lstm,a5`,
+`deltanet,s3`, `deltanet_positive,parity` (without negative eigenvalues). Beyond the trained length, and only there:
+`experiments/evaluate.py --set=sequence_length=64 --set=scored_from=16`. `experiments/state_tracking.py` trains them all.
 """
 
-from seqjax import experiment_config
+from seqjax import ConfigError, experiment_config
+from seqjax.config import choose
 
+MODELS = {
+    "lstm": {"name": "lstm"},
+    "gru": {"name": "gru"},
+    "slstm": {"name": "xlstm", "pattern": ("slstm",)},
+    "para_lstm": {"name": "para_lstm"},
+    "para_gru": {"name": "para_gru"},
+    "deltanet": {"name": "deltanet", "negative_eigenvalues": True},
+    "deltanet_positive": {"name": "deltanet"},
+    "gla": {"name": "gla"},
+    "mamba": {"name": "mamba"},
+    "transformer": {"name": "transformer"},
+}
 TASKS = {
     "parity": {"name": "parity"},
     "s3": {"name": "prefix_products", "group": "S3"},
@@ -15,11 +28,14 @@ TASKS = {
 }
 
 
-def get_config(argument="lstm,parity"):
-    mixer, task = argument.split(",")
+def get_config(which="lstm,parity"):
+    model, comma, task = which.partition(",")
+    if not comma:
+        raise ConfigError(f"{which!r} is not of the form MODEL,TASK, such as lstm,parity.")
+    chosen = choose(MODELS, model, "the config's model")
     return experiment_config(
-        model={"name": mixer, "embed_dim": 64, "num_layers": 2, "unroll": 0, "embed_init": 64**-0.5},
-        data={**TASKS[task], "sequence_length": 16, "batch_size": 64},
+        model={"embed_dim": 64, "num_layers": 2, "unroll": 0, "embed_init": 64**-0.5} | chosen,
+        data={"sequence_length": 16, "batch_size": 64} | choose(TASKS, task, "the config's task"),
         optimizer={
             "name": "adamw",
             "learning_rate": 3e-3,

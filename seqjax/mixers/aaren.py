@@ -8,9 +8,8 @@ import chex
 import flax.linen as nn
 import jax.numpy as jnp
 
-from seqjax.config import ConfigError
 from seqjax.layers.dense import Dense, scaled_init
-from seqjax.mixers.base import Costs, Mixer
+from seqjax.mixers.base import Costs, Mixer, check_heads
 from seqjax.ops.prefix_attention import prefix_attention
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.ops.softmax import SoftmaxSums
@@ -46,11 +45,7 @@ class Aaren(Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
-            fits = ", ".join(str(h) for h in range(1, self.embed_dim + 1) if self.embed_dim % h == 0)
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}; allowed: {fits}."
-            )
+        check_heads(self.num_heads, self.embed_dim, f"model.embed_dim={self.embed_dim}")
 
     @property
     def head_dim(self) -> int:

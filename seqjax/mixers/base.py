@@ -129,3 +129,10 @@ class Mixer(nn.Module):
             f"{type(self).__name__} with causal=False sees the whole sequence at once, so it carries no state; "
             f"allowed: {allowed}."
         )
+
+
+def check_heads(num_heads: int, width: int, called: str) -> None:
+    """Raise a ConfigError if `num_heads` do not share a width evenly; `called` says which width."""
+    if num_heads < 1 or width % num_heads:
+        fits = ", ".join(str(n) for n in range(1, width + 1) if width % n == 0)
+        raise ConfigError(f"model.num_heads={num_heads} does not divide {called}; allowed: {fits}.")

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from seqjax.config import ConfigError
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import GatedRMSNorm
-from seqjax.mixers.base import Costs, Mixer
+from seqjax.mixers.base import Costs, Mixer, check_heads
 from seqjax.ops.linear_attention import linear_attention, linear_attention_flops
 from seqjax.ops.log_space import running_log_sum
 from seqjax.ops.segments import SegmentState, segments
@@ -52,11 +52,7 @@ class LightNet(Mixer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
-            fits = ", ".join(str(h) for h in range(1, self.embed_dim + 1) if self.embed_dim % h == 0)
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}; allowed: {fits}."
-            )
+        check_heads(self.num_heads, self.embed_dim, f"model.embed_dim={self.embed_dim}")
         for key in ("gate_rank", "chunk_size"):
             if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise ConfigError(f"model.{key}={getattr(self, key)} is not positive; allowed: 1 and above.")

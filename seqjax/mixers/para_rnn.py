@@ -14,7 +14,7 @@ from jaxtyping import Array
 from seqjax.config import ConfigError, choose
 from seqjax.layers.dense import scaled_init
 from seqjax.layers.norms import GatedRMSNorm
-from seqjax.mixers.base import Costs
+from seqjax.mixers.base import Costs, check_heads
 from seqjax.mixers.diagonal_rnn import DiagonalRecurrence, DiagonalRecurrenceState
 from seqjax.ops.cells import para_gru_cell, para_lstm_cell
 from seqjax.ops.newton_scan import IMPLEMENTATIONS, MAX_ITERATIONS, newton_scan
@@ -47,11 +47,7 @@ class ParaRNN(DiagonalRecurrence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.heads < 1 or self.inner % self.heads:
-            allowed = ", ".join(str(n) for n in range(1, self.inner + 1) if self.inner % n == 0)
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide the inner width {self.inner}; allowed: None, {allowed}."
-            )
+        check_heads(self.heads, self.inner, f"the inner width {self.inner}")
         if self.implementation is not None:
             choose(dict.fromkeys(IMPLEMENTATIONS), self.implementation, "model.implementation")
         if self.max_iterations < 1:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from seqjax.config import ConfigError
 from seqjax.layers.dense import scaled_init
-from seqjax.mixers.base import Costs
+from seqjax.mixers.base import Costs, check_heads
 from seqjax.mixers.diagonal_rnn import DiagonalRecurrence, DiagonalRecurrenceState
 from seqjax.ops.rg_lru import rg_lru
 from seqjax.registry import register_mixer
@@ -39,11 +38,7 @@ class RGLRU(DiagonalRecurrence):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_heads < 1 or self.inner % self.num_heads:
-            fits = ", ".join(str(n) for n in range(1, self.inner + 1) if self.inner % n == 0)
-            raise ConfigError(
-                f"model.num_heads={self.num_heads} does not divide the inner width {self.inner}; allowed: {fits}."
-            )
+        check_heads(self.num_heads, self.inner, f"the inner width {self.inner}")
 
     @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):

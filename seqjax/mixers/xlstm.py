@@ -15,7 +15,7 @@ from seqjax.config import ConfigError
 from seqjax.layers.convolution import ShortConvolution
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import make_norm
-from seqjax.mixers.base import Costs, Mixer
+from seqjax.mixers.base import Costs, Mixer, check_heads
 from seqjax.ops.cells import slstm_cell
 from seqjax.ops.convolution import Tail
 from seqjax.ops.linear_attention import linear_attention_flops
@@ -51,9 +51,7 @@ class XLSTM(Mixer):
         super().__post_init__()
         if self.conv_width < 2:
             raise ConfigError(f"model.conv_width={self.conv_width} is too small; allowed: 2 and above.")
-        if self.num_heads < 1 or self.width % self.num_heads:
-            fits = ", ".join(str(n) for n in range(1, self.width + 1) if self.width % n == 0)
-            raise ConfigError(f"model.num_heads={self.num_heads} does not divide the width {self.width}; allowed: {fits}.")
+        check_heads(self.num_heads, self.width, f"the width {self.width}")
 
     @property
     def width(self) -> int:

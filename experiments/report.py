@@ -2,7 +2,8 @@
 
 python experiments/report.py runs/seed0 runs/seed1 runs/seed2 --out=docs/results/shakespeare_char.json
 
-Scores of `experiments/evaluate.py --split=test` are taken in where a run has them.
+Scores of `experiments/evaluate.py` are taken in where a run has them: of `--split=test`, and of other lengths, say, from
+`--output=WORKDIR/evaluation_NAME.json`.
 """
 
 from __future__ import annotations
@@ -80,15 +81,14 @@ def _config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _final(run: list[dict[str, Any]], workdir: pathlib.Path) -> dict[str, Any]:
-    """The last validation scores of a run, those of its test split where they were taken, and its median speed."""
+    """The last validation scores of a run, others that were taken of it, and its median speed."""
     scores = [record for record in run if record["split"] == "validation"]
     if not scores:
         raise ConfigError(f"{workdir} holds no validation scores; let the run finish.")
     speed = float(np.median([record["tokens_per_second"] for record in run if "tokens_per_second" in record]))
     splits = {"validation": scores[-1]}
-    tested = workdir / "evaluation_test.json"
-    if tested.is_file():
-        splits["test"] = json.loads(tested.read_text())
+    for path in sorted(workdir.glob("evaluation_*.json")):
+        splits.setdefault(path.stem.removeprefix("evaluation_"), json.loads(path.read_text()))
     kinds = ("loss", "accuracy", "mae")
     found = {f"{split}_{kind}": record[kind] for split, record in splits.items() for kind in kinds if kind in record}
     return {"step": scores[-1]["step"], **found, "tokens_per_second": speed}

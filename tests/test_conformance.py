@@ -1,6 +1,7 @@
 """Every registered mixer and architecture keeps every promise of the contract; new ones are found by themselves."""
 
 import time
+from collections.abc import Callable
 
 import hypothesis
 import jax
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import seqjax
 from seqjax import registry, testing
+from seqjax.models.sequence_model import SequenceModel
 from seqjax.testing import conformance
 
 registry.load_all()
@@ -57,6 +59,7 @@ MIXER_VARIANTS = {
     "para_lstm": [{"implementation": "newton", "num_heads": 2, "expand": 2}],
     "retnet": [{"rope_theta": None, "head_norm": "layer", "num_heads": 1, "chunk_size": 4}],
     "rg_lru": [{"num_heads": 2, "conv_width": 1, "use_bias": False, "expand": 2}],
+    "routing": [{"num_clusters": 3, "num_heads": 2, "position": "none"}],
     "rwkv_channel_mix": [{"mlp_ratio": 2.0, "depth": 0.0}],
     "rwkv_time_mix": [{"inner_dim": 10, "depth": 1.0}],
     "s4": [
@@ -127,9 +130,28 @@ def find_subjects() -> dict[str, testing.Subject]:
 
 
 SUBJECTS = find_subjects()
-# One worker takes all checks of a subject, so that its programs are compiled once.
+ALL_CHECKS = {"transformer", "griffin"}
+"""Of the architectures that are stacks of mixers, those that take every check."""
+STACK_CHECKS = (
+    conformance.no_ids_means_one_segment,
+    conformance.decoding_keeps_one_program,
+    conformance.bidirectional_refuses_state,
+    conformance.state_bytes_are_declared,
+    conformance.parameters_are_declared,
+    conformance.flops_are_declared,
+)
+"""What the others take: the stack is one piece of code, and their mixers went through all. `-m exhaustive` does the rest."""
+
+
+def marks_of(label: str, check: Callable) -> list[pytest.MarkDecorator]:
+    # One worker takes all checks of a subject, so that its programs are compiled once.
+    marks = [pytest.mark.xdist_group(label)]
+    stack = type(SUBJECTS[label].module) is SequenceModel and label.split("-")[1] not in ALL_CHECKS
+    return marks if not stack or check in STACK_CHECKS else [*marks, pytest.mark.exhaustive]
+
+
 CASES = [
-    pytest.param(label, check, id=f"{label}-{check.__name__}", marks=pytest.mark.xdist_group(label))
+    pytest.param(label, check, id=f"{label}-{check.__name__}", marks=marks_of(label, check))
     for label, made in SUBJECTS.items()
     for check in testing.checks_for(carries_state=made.carries_state, segments=made.segments, causal=made.causal)
 ]

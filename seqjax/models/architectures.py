@@ -74,6 +74,11 @@ register_stack(
 )
 register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED)
 register_stack("fnet_ar", pattern=("fourier", "mlp"), defaults=SEQUENCE, example=TINY)
+register_stack(
+    "routing_transformer",
+    pattern=({"name": "attention", "window": 256}, "routing", "mlp"),
+    example=HEADS | {"num_clusters": 3, "num_layers": 1},
+)
 
 # Forecasting by tokens that are channels: LayerNorms after each sub-layer, windows at mean 0 and variance 1.
 VARIATES = SEQUENCE | {"causal": False, "head": "variates", "norm_position": "post", "series_norm": "standard"}

@@ -20,11 +20,12 @@ from seqjax.interop.folder import Tensors, open_tensors, read_config, write_fold
 from seqjax.interop.gpt2 import GPT2
 from seqjax.interop.llama import LLAMA
 from seqjax.interop.mamba import MAMBA, MAMBA2, from_authors
+from seqjax.interop.rwkv import RWKV
 from seqjax.models.base import DTYPES
 from seqjax.models.sequence_model import Frame, SequenceModel
 from seqjax.registry import build
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MAMBA, MAMBA2)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MAMBA, MAMBA2, RWKV)}
 """Families by `model_type`; add one to load another's weights."""
 
 CHOSEN = ("dropout", "stochastic_depth", "dtype", "param_dtype", "remat", "unroll", "implementation", "chunk_size")
@@ -35,11 +36,12 @@ DERIVED = {
     "num_kv_heads": ("kv_heads",),
     "hidden_dim": ("width",),
     "dt_rank": ("rank",),
+    "inner_dim": ("width",),
 }
 """Options that may be None, and the property, of the first name that the mixer has, that says what they then are."""
 
 UNUSED = ("pattern", "residual_init", "embed_init", "mlp_ratio", "pool", "horizon", "num_classes", "output_dim")
-UNUSED += ("dt_min", "dt_max", *CHOSEN)
+UNUSED += ("dt_min", "dt_max", "depth", *CHOSEN)
 """Options that say nothing further of a language model's function, beside `DERIVED` ones and the pattern's names."""
 
 

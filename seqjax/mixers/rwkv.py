@@ -136,9 +136,10 @@ class ChannelMix(Mix):
     """`sigmoid(W_r x'_t) * W_v relu(W_k x''_t)^2` (Peng et al. 2023, eqs. 17 and 18), x' and x'' mixed with the token before.
 
     Attributes:
-      mlp_ratio: width between the two maps, in units of `embed_dim`.
+      hidden_dim: width between the two maps; None for `mlp_ratio * embed_dim`.
     """
 
+    hidden_dim: int | None = None
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
@@ -148,7 +149,7 @@ class ChannelMix(Mix):
 
     @property
     def width(self) -> int:
-        return int(self.mlp_ratio * self.embed_dim)
+        return self.hidden_dim or int(self.mlp_ratio * self.embed_dim)
 
     @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):

@@ -63,7 +63,10 @@ register_stack(
 )
 
 register_stack(
-    "rwkv4", pattern=("rwkv_time_mix", "rwkv_channel_mix"), defaults=SEQUENCE | {"tie_embeddings": False}, example=TINY
+    "rwkv4",
+    pattern=("rwkv_time_mix", "rwkv_channel_mix"),
+    defaults=SEQUENCE | {"tie_embeddings": False, "embed_norm": "layer"},
+    example=TINY,
 )
 
 register_stack(

@@ -406,7 +406,8 @@ def _options(given: Mapping[str, Any]) -> dict[str, Option]:
         **options_of(PerceiverAR, exclude=options_of(SequenceModel)),
         "pattern": Option(tuple, PATTERN),
     }
-    return {key: option for key, option in own.items() if key not in ("read", "series_norm", "channel_independent")}
+    absent = ("read", "embed_norm", "series_norm", "channel_independent")
+    return {key: option for key, option in own.items() if key not in absent}
 
 
 EXAMPLE = {"vocab_size": 64, "embed_dim": 32, "num_layers": 1, "num_heads": 4, "num_latents": 6, "max_length": 64}

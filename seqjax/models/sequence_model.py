@@ -114,6 +114,7 @@ class SequenceModel(Model):
     Attributes (beside those of `Model`):
       pattern: blocks of residual sub-layers.
       num_layers: number of blocks.
+      embed_norm: a norm right behind the embedding, of the same kinds as `norm`.
       norm: "layer", "rms", "rms_unscaled", "batch" or "none"; norm_position: "pre" or "post"; norm_epsilon: added to the
         variance.
       residual_init: scale of the initial weights of each sub-layer's last map, relative to `1 / sqrt(inputs)`. 0 starts
@@ -127,6 +128,7 @@ class SequenceModel(Model):
 
     pattern: tuple[Block, ...] = ()
     num_layers: int = 2
+    embed_norm: str = "none"
     norm: str = "layer"
     norm_position: str = "pre"
     norm_epsilon: float = 1e-5
@@ -143,6 +145,7 @@ class SequenceModel(Model):
         super().__post_init__()
         check_series(self.series_norm, self.channel_independent, self.head, self.input_dim, self.output_dim)
         choose(NORMS, self.norm, "model.norm")
+        choose(NORMS, self.embed_norm, "model.embed_norm")
         choose({"pre": 0, "post": 0}, self.norm_position, "model.norm_position")
         choose(REMAT_POLICIES, self.remat, "model.remat")
         if self.num_layers < 1:
@@ -200,6 +203,9 @@ class SequenceModel(Model):
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, found.positions, train)
+        if self.embed_norm != "none":
+            types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            x = make_norm(self.embed_norm, name="embed_norm", epsilon=self.norm_epsilon, **types)(x, train)
         states = (None, None) if state is None else (state.repeats, state.remainder)
         x, states = self._stack(x, states, segment_ids, train)
         x = self._last_norm(x, train)
@@ -285,7 +291,7 @@ class SequenceModel(Model):
             channel = self.clone(parent=None, channel_independent=False, input_dim=1, output_dim=1).costs(length)
             return dataclasses.replace(channel, flops=self.input_dim * channel.flops)
 
-        total = self.frame_costs(length)
+        total = self.frame_costs(length) + Costs(parameters=norm_parameters(self.embed_norm, self.embed_dim))
         total += self._stack_costs(self.input_dim if HEADS[self.head].variates else length)
         carried = self.causal and self.make_head(parent=None).per_token
         return dataclasses.replace(total, state_bytes=total.state_bytes + 12 if carried else 0)

@@ -23,6 +23,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 SEED = 20260726
@@ -41,12 +43,14 @@ def main() -> None:
         max_position_embeddings=64, tie_word_embeddings=True, rope_parameters=rope, **(llama | {"num_attention_heads": 2})
     )
     recurrent = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "tie_word_embeddings": True, **SIZES}
+    rwkv = RwkvConfig(hidden_size=16, intermediate_size=40, num_hidden_layers=3, **SIZES)
     made = {
         "gpt2": lambda: GPT2LMHeadModel(gpt2),
         "llama_grouped": lambda: LlamaForCausalLM(grouped),
         "llama_rope3_tied": lambda: LlamaForCausalLM(stretched),
         "mamba": lambda: MambaForCausalLM(MambaConfig(time_step_rank=4, **recurrent)),
         "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(head_dim=16, num_heads=4, n_groups=1, chunk_size=8, **recurrent)),
+        "rwkv": lambda: RwkvForCausalLM(rwkv),
     }
     for name in sys.argv[1:] or made:
         write(name, made[name](), length=64 if "mamba" in name else 20)
@@ -57,7 +61,7 @@ def write(name: str, model: PreTrainedModel, length: int) -> None:
     generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            centre = 1.0 if "ln_" in key or "norm" in key else 0.0
+            centre = 1.0 if "ln" in key or "norm" in key else 0.0
             if key.endswith("weight"):
                 parameter.copy_(centre + 0.2 * torch.randn(parameter.shape, generator=generator))
             else:

@@ -89,6 +89,7 @@ WAYS = {
     ("s4", True): "S4, carried state",
     ("s4d", True): "S4D, carried state",
     ("mamba", True): "Mamba, carried state",
+    ("aaren", True): "Aaren, carried state",
     ("transformer", True): "Transformer, key-value cache",
     ("s4", False): "S4, convolved again",
     ("s4d", False): "S4D, convolved again",
@@ -102,7 +103,8 @@ def _model(name: str, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _build(name: str, args: argparse.Namespace, **options: str) -> Any:
-    own = {"transformer": {"num_heads": args.heads}, "mamba": {}}.get(name, {"state_dim": args.state})
+    heads = {"num_heads": args.heads}
+    own = {"transformer": heads, "aaren": heads, "mamba": {}}.get(name, {"state_dim": args.state})
     sizes = {"vocab_size": VOCAB, "embed_dim": args.width, "num_layers": args.layers}
     return seqjax.build({"name": name, **sizes, **own, **options})
 

@@ -20,7 +20,7 @@ CPU_SECONDS = 30.0
 
 MIXER_VARIANTS = {
     "attention": [
-        {"num_kv_heads": 2, "window": 4},
+        {"num_kv_heads": 2, "window": 4, "rope_fraction": 0.5},
         {"num_kv_heads": 1, "window": 6, "position": "alibi", "qkv_bias": True, "out_bias": True},
         {"head_dim": 6, "position": "none", "implementation": "reference"},
         {"causal": False},

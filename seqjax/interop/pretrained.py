@@ -20,12 +20,13 @@ from seqjax.interop.folder import Tensors, open_tensors, read_config, write_fold
 from seqjax.interop.gpt2 import GPT2
 from seqjax.interop.llama import LLAMA
 from seqjax.interop.mamba import MAMBA, MAMBA2, from_authors
+from seqjax.interop.recurrent_gemma import RECURRENT_GEMMA
 from seqjax.interop.rwkv import RWKV
 from seqjax.models.base import DTYPES
 from seqjax.models.sequence_model import Frame, SequenceModel
 from seqjax.registry import build
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MAMBA, MAMBA2, RWKV)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GPT2, LLAMA, MAMBA, MAMBA2, RECURRENT_GEMMA, RWKV)}
 """Families by `model_type`; add one to load another's weights."""
 
 CHOSEN = ("dropout", "stochastic_depth", "dtype", "param_dtype", "remat", "unroll", "implementation", "chunk_size")
@@ -36,7 +37,7 @@ DERIVED = {
     "num_kv_heads": ("kv_heads",),
     "hidden_dim": ("width",),
     "dt_rank": ("rank",),
-    "inner_dim": ("width",),
+    "inner_dim": ("width", "inner"),
 }
 """Options that may be None, and the property, of the first name that the mixer has, that says what they then are."""
 

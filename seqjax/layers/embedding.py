@@ -10,11 +10,13 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenEmbedding(nn.Module):
-    """A table of `vocab_size` vectors; `attend` reuses it as the output projection (Press and Wolf 2017)."""
+    """A table of `vocab_size` vectors, which enter multiplied by `multiplier`; `attend` reuses it as the output projection
+    (Press and Wolf 2017)."""
 
     vocab_size: int
     embed_dim: int
     init_scale: float = 0.02
+    multiplier: float = 1.0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -23,7 +25,8 @@ class TokenEmbedding(nn.Module):
         self.table = self.param("table", init, (self.vocab_size, self.embed_dim), self.param_dtype)
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B L D"]:
-        return self.table.astype(self.dtype)[tokens]
+        vectors = self.table.astype(self.dtype)[tokens]
+        return vectors if self.multiplier == 1 else vectors * jnp.asarray(self.multiplier, self.dtype)
 
     def attend(self, x: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """Logits: inner products with every vector of the table."""

@@ -42,18 +42,23 @@ class RMSNorm(nn.Module):
 
     Attributes:
       use_scale: multiply each feature by a parameter.
+      offset: the parameter is what the factor exceeds 1 by, and starts at 0 (Gemma, 2024).
     """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     use_scale: bool = True
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"], train: bool = False) -> Float[Array, "... D"]:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return (y * _vector(self, "scale", nn.initializers.ones, x) if self.use_scale else y).astype(self.dtype)
+        if self.use_scale:
+            init = nn.initializers.zeros if self.offset else nn.initializers.ones
+            y = y * (_vector(self, "scale", init, x).astype(y.dtype) + self.offset)
+        return y.astype(self.dtype)
 
 
 class GatedRMSNorm(nn.Module):
@@ -124,6 +129,7 @@ NORMS = {
     "layer_unscaled": functools.partial(LayerNorm, use_scale=False),
     "rms": RMSNorm,
     "rms_unscaled": functools.partial(RMSNorm, use_scale=False),
+    "rms_offset": functools.partial(RMSNorm, offset=True),
     "batch": BatchNorm,
     "none": NoNorm,
 }
@@ -136,7 +142,7 @@ def make_norm(kind: str, **options: Any) -> nn.Module:
 
 def norm_parameters(kind: str, width: int) -> int:
     """How many parameters a normalisation of this kind trains."""
-    return {"none": 0, "rms_unscaled": 0, "layer_unscaled": 0, "rms": width}.get(kind, 2 * width)
+    return {"none": 0, "rms_unscaled": 0, "layer_unscaled": 0, "rms": width, "rms_offset": width}.get(kind, 2 * width)
 
 
 def _vector(module: nn.Module, name: str, init: Any, x: Array) -> Array:

@@ -48,6 +48,7 @@ class Attention(Mixer):
       window: see only the last `window` tokens (Beltagy et al. 2020); None sees all.
       position: "rope" and "alibi" act here; the others are added to the embedding by the model.
       rope_theta, rope_llama3: see `rotary_frequencies`.
+      rope_fraction: how much of each head is turned, its first features; the rest knows no position.
       qkv_bias, out_bias: biases of the projections.
       implementation: of `flash_attention`.
     """
@@ -58,6 +59,7 @@ class Attention(Mixer):
     window: int | None = None
     position: str = "rope"
     rope_theta: float = 10000.0
+    rope_fraction: float = 1.0
     rope_llama3: tuple | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -83,14 +85,21 @@ class Attention(Mixer):
             )
         if self.position not in POSITIONS:
             raise ConfigError(f"model.position={self.position!r} is unknown; {allowed_values(self.position, POSITIONS)}")
-        if self.position == "rope" and self.key_dim % 2:
-            raise ConfigError(f"model.position='rope' turns pairs of features, and the head width {self.key_dim} is odd.")
+        if not 0 < self.rope_fraction <= 1:
+            raise ConfigError(f"model.rope_fraction={self.rope_fraction} is out of range; allowed: above 0.0, up to 1.0.")
+        if self.position == "rope" and self.turned % 2:
+            raise ConfigError(f"model.position='rope' turns pairs of features, and the head width {self.turned} is odd.")
         if self.window is not None and self.window < 1:
             raise ConfigError(f"model.window={self.window} is not positive; allowed: None, or 1 and above.")
 
     @property
     def key_dim(self) -> int:
         return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def turned(self) -> int:
+        """Features of a head that rotary positions act on."""
+        return int(self.rope_fraction * self.key_dim)
 
     @property
     def kv_heads(self) -> int:
@@ -118,9 +127,14 @@ class Attention(Mixer):
         v = self._dense("value", (self.kv_heads, self.key_dim), ("embed", "kv_heads", "head_dim"), self.qkv_bias)(x)
         q, k, v = (nn.with_logical_constraint(a, ("batch", "length_act", "heads_act", None)) for a in (q, k, v))
         if self.position == "rope":
-            frequencies = rotary_frequencies(self.key_dim, self.rope_theta, self.rope_llama3)
-            q, k = rotate(q, q_positions, frequencies), rotate(k, positions, frequencies)
+            q, k = self._turn(q, q_positions), self._turn(k, positions)
         return q, k, v
+
+    def _turn(self, a: Array, positions: Array) -> Array:
+        frequencies = rotary_frequencies(self.turned, self.rope_theta, self.rope_llama3)
+        if self.turned == self.key_dim:
+            return rotate(a, positions, frequencies)
+        return jnp.concatenate([rotate(a[..., : self.turned], positions, frequencies), a[..., self.turned :]], axis=-1)
 
     def _out(self, mixed: Array) -> Array:
         axes = ("heads", "head_dim", "embed")

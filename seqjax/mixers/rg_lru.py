@@ -27,10 +27,12 @@ class RGLRU(DiagonalRecurrence):
     Its gates are maps in blocks of the convolved branch, through a sigmoid.
 
     Attributes:
+      inner_dim: inner width; None is `expand * embed_dim`.
       num_heads: blocks of the gates' maps, a divisor of the inner width.
       use_bias: of the maps in and out.
     """
 
+    inner_dim: int | None = None
     num_heads: int = 4
     use_bias: bool = True
 
@@ -40,13 +42,17 @@ class RGLRU(DiagonalRecurrence):
         super().__post_init__()
         check_heads(self.num_heads, self.inner, f"the inner width {self.inner}")
 
+    @property
+    def inner(self) -> int:
+        return self.inner_dim or super().inner
+
     @nn.compact
     def __call__(self, x, state=None, *, segment_ids=None, train=False):
         before = self.located(x, state, segment_ids)
         gate = jax.nn.gelu(self.dense("gate", self.inner, ("embed", "mlp"), use_bias=self.use_bias)(x))
         u, tail = self.convolve(self.dense("in", self.inner, ("embed", "mlp"), use_bias=self.use_bias)(x), before)
         u = u.astype(self.wide)
-        recurrence_gate, input_gate = jax.nn.sigmoid(self._gates(u))
+        recurrence_gate, input_gate = self._gate("recurrence_gate", u), self._gate("input_gate", u)
         init = nn.with_logical_partitioning(_initial_decay, ("mlp",))
         decay = self.param("decay", init, (self.inner,), self.param_dtype).astype(self.wide)
         hidden, last = rg_lru(u, recurrence_gate, input_gate, decay, before.cell, opens=before.opens, starts=before.starts)
@@ -56,19 +62,17 @@ class RGLRU(DiagonalRecurrence):
             state = DiagonalRecurrenceState(convolution=tail, cell=last, segment=before.segment)
         return out(hidden.astype(self.dtype) * gate), state
 
-    def _gates(self, u: Float[Array, "B L E"]) -> Float[Array, "2 B L E"]:
-        """Of the recurrence and of the inputs, before the sigmoid."""
-        width = self.inner // self.num_heads
-        normal = lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / math.sqrt(width)
-        axes = ("heads", None, None, None)
-        blocks = self.param(
-            "gates", nn.with_logical_partitioning(normal, axes), (self.num_heads, width, 2, width), self.param_dtype
-        )
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None, "mlp"))
-        bias = self.param("gates_bias", zeros, (2, self.inner), self.param_dtype)
-        parts = u.reshape(*u.shape[:2], self.num_heads, width)
-        mapped = jnp.einsum("blhi,higo->gblho", parts, blocks.astype(self.wide)).reshape(2, *u.shape)
-        return mapped + bias.astype(self.wide)[:, None, None]
+    def _gate(self, name: str, u: Float[Array, "B L E"]) -> Float[Array, "B L E"]:
+        """A map of each block of features to itself, and a sigmoid."""
+        shape = (self.num_heads, self.inner // self.num_heads)
+        normal = lambda key, shape, dtype: jax.random.normal(key, shape, dtype) / math.sqrt(shape[1])
+        made = lambda part, init, axes, shape: self.param(
+            f"{name}_{part}", nn.with_logical_partitioning(init, axes), shape, self.param_dtype
+        ).astype(self.wide)
+        kernel = made("kernel", normal, ("heads", None, None), (*shape, shape[1]))
+        bias = made("bias", nn.initializers.zeros, ("heads", None), shape)
+        mapped = jnp.einsum("blhi,hio->blho", u.reshape(*u.shape[:2], *shape), kernel) + bias
+        return jax.nn.sigmoid(mapped).reshape(u.shape)
 
     @nn.nowrap
     def costs(self, length: int) -> Costs:

@@ -42,6 +42,8 @@ class Model(nn.Module):
       head_state_dim: order of the systems of the head "closed_loop".
       tie_embeddings: the language-model head reuses the embedding table.
       embed_init: standard deviation of a token's initial vector; 0.02 is GPT-2's.
+      embed_scale: what tokens' vectors are multiplied by where they enter.
+      logit_softcap: the language-model head's logits x become `logit_softcap * tanh(x / logit_softcap)`; None leaves them.
       position: "learned" and "sinusoidal" act here, "rope" and "alibi" inside attention, "none" nowhere.
       position_offset: in training, sinusoidal positions of a row start anywhere from 0 to this, so that those of longer
         sequences are seen (Dehghani et al. 2019, section 3.4).
@@ -62,6 +64,8 @@ class Model(nn.Module):
     head_state_dim: int = 64
     tie_embeddings: bool = True
     embed_init: float = 0.02
+    embed_scale: float = 1.0
+    logit_softcap: float | None = None
     position: str = "rope"
     position_offset: int = 0
     max_length: int = 1024
@@ -93,6 +97,13 @@ class Model(nn.Module):
                 "with input_dim and causal=False."
             )
         check_pool(self.pool)
+        if self.embed_scale != 1 and self.vocab_size is None:
+            raise ConfigError(f"model.embed_scale={self.embed_scale} acts on tokens, and there is no vocab_size; allowed: 1.0.")
+        if self.logit_softcap is not None and (self.logit_softcap <= 0 or self.head != "language_model"):
+            raise ConfigError(
+                f"model.logit_softcap={self.logit_softcap} with model.head={self.head!r} is not served; allowed: None, or "
+                "above 0 with the head 'language_model'."
+            )
         if self.head_state_dim < 1:
             raise ConfigError(f"model.head_state_dim={self.head_state_dim} is not positive; allowed: 1 and above.")
         for key in ("dtype", "param_dtype"):
@@ -116,7 +127,7 @@ class Model(nn.Module):
         """The head module; `options` may name it and its parent, or set a width other than the model's."""
         kind = HEADS[self.head]
         own = {"horizon": self.horizon, "pool": self.pool, "state_dim": self.head_state_dim}
-        own |= {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        own |= {"softcap": self.logit_softcap, "dtype": self.dtype, "param_dtype": self.param_dtype}
         return kind(**{"output_dim": getattr(self, kind.size_option), **own, **options})
 
     def shifted(self, positions: Int[Array, "#B L"], batch_size: int, train: bool) -> Int[Array, "#B L"]:
@@ -138,7 +149,9 @@ class Model(nn.Module):
         """Vectors of the inputs with their positions added, and the token table where there is one; None adds none."""
         options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.vocab_size is not None:
-            table = TokenEmbedding(self.vocab_size, self.embed_dim, self.embed_init, name="embedding", **options)
+            table = TokenEmbedding(
+                self.vocab_size, self.embed_dim, self.embed_init, self.embed_scale, name="embedding", **options
+            )
             x = table(inputs)
         else:
             table = None

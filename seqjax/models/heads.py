@@ -23,12 +23,14 @@ class Head(nn.Module):
       horizon: how many steps a forecast spans.
       pool: how a sequence becomes one vector: "mean" over its valid tokens, or its "last" valid token.
       state_dim: order of the systems of a head that has them.
+      softcap: bound on logits x of the language model, `softcap * tanh(x / softcap)`; None is none.
     """
 
     output_dim: int
     horizon: int = 1
     pool: str = "mean"
     state_dim: int = 64
+    softcap: float | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -66,6 +68,8 @@ class LanguageModelHead(Head):
         self, x: Float[Array, "B L D"], segment_ids: Array | None = None, attend: Callable | None = None
     ) -> Float[Array, "B L V"]:
         logits = attend(x) if attend else self._dense("logits", self.output_dim, ("embed", "vocab"), False)(x)
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
         return nn.with_logical_constraint(logits, ("batch", "length_act", "vocab_act"))
 
     @nn.nowrap

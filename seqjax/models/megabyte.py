@@ -238,7 +238,7 @@ class Megabyte(Model):
     def _table(self, name: str, width: int) -> nn.Module:
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         if self.vocab_size is not None:
-            return TokenEmbedding(self.vocab_size, width, self.embed_init, name=name, **types)
+            return TokenEmbedding(self.vocab_size, width, self.embed_init, self.embed_scale, name=name, **types)
         return Dense(width, (None, "embed"), name=name, **types)
 
     def _embed_for_patches(self, inputs: Array, positions: Int[Array, "#B L"]) -> Float[Array, "B L G"]:

@@ -23,6 +23,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
     RwkvConfig,
     RwkvForCausalLM,
 )
@@ -44,12 +46,17 @@ def main() -> None:
     )
     recurrent = {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2, "tie_word_embeddings": True, **SIZES}
     rwkv = RwkvConfig(hidden_size=16, intermediate_size=40, num_hidden_layers=3, **SIZES)
+    griffin = RecurrentGemmaConfig(
+        hidden_size=16, lru_width=16, num_attention_heads=2, num_key_value_heads=1, head_dim=8, attention_window_size=6,
+        intermediate_size=48, num_hidden_layers=4, **SIZES,
+    )  # fmt: skip
     made = {
         "gpt2": lambda: GPT2LMHeadModel(gpt2),
         "llama_grouped": lambda: LlamaForCausalLM(grouped),
         "llama_rope3_tied": lambda: LlamaForCausalLM(stretched),
         "mamba": lambda: MambaForCausalLM(MambaConfig(time_step_rank=4, **recurrent)),
         "mamba2": lambda: Mamba2ForCausalLM(Mamba2Config(head_dim=16, num_heads=4, n_groups=1, chunk_size=8, **recurrent)),
+        "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(griffin),
         "rwkv": lambda: RwkvForCausalLM(rwkv),
     }
     for name in sys.argv[1:] or made:

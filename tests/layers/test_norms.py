@@ -28,6 +28,17 @@ def test_training_norms_equal_their_definition(kind):
     np.testing.assert_allclose(got, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "plain"), [("rms_offset", "rms"), ("layer_unscaled", "layer")])
+def test_variants_of_scales(kind, plain):
+    """A scale stored as an offset from 1; none at all."""
+    x = jnp.asarray(X, jnp.float32)
+    offset = jnp.linspace(-0.5, 1, 6) if kind == "rms_offset" else jnp.zeros(6)
+    params = {"scale": 1 + offset} | ({"bias": jnp.zeros(6)} if plain == "layer" else {})
+    wanted = make_norm(plain).apply({"params": params}, x)
+    got = make_norm(kind).apply({"params": {"scale": offset} if kind == "rms_offset" else {}}, x)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
 def test_batch_norm_averages_its_statistics():
     norm = make_norm("batch")
     x = jnp.asarray(X, jnp.float32)

@@ -52,8 +52,10 @@ def rg_lru(p, x):
     gate, u = gelu(x @ p["gate"]["kernel"] + p["gate"]["bias"]), x @ p["in"]["kernel"] + p["in"]["bias"]
     u, h, y = convolved(p["conv"], u), 0, []
     for t, token in enumerate(u):
-        mapped = np.einsum("hi,higo->gho", token.reshape(2, 4), p["gates"]).reshape(2, WIDTH)
-        r, i = sigmoid(mapped + p["gates_bias"])
+        r, i = (
+            sigmoid(np.einsum("hi,hio->ho", token.reshape(2, 4), p[f"{gate}_gate_kernel"]) + p[f"{gate}_gate_bias"]).reshape(-1)
+            for gate in ("recurrence", "input")
+        )
         log_a = -8 * np.log1p(np.exp(p["decay"])) * r
         h = np.exp(log_a) * h + (1 if t == 0 else np.sqrt(1 - np.exp(2 * log_a))) * i * token
         y.append((h * gate[t]) @ p["out"]["kernel"] + p["out"]["bias"])

@@ -112,6 +112,37 @@ def test_batch_statistics_move_in_training_and_are_used_after():
     np.testing.assert_allclose(one[:1], alone, atol=1e-5)
 
 
+def test_embeddings_are_scaled_and_normed_and_logits_bounded():
+    plain, scaled = build(num_layers=1), build(num_layers=1, embed_scale=3.0, embed_norm="layer", logit_softcap=0.5)
+    variables = nn.unbox(scaled.init(jax.random.key(0), TOKENS))
+    logits, _ = scaled.apply(variables, TOKENS)
+    assert np.abs(logits).max() < 0.5
+    # A scale before a layer norm changes nothing but what epsilon does; without either, logits are those of the plain model.
+    unscaled = scaled.clone(embed_scale=1.0, norm_epsilon=1e-5)
+    np.testing.assert_allclose(unscaled.apply(variables, TOKENS)[0], logits, atol=0.02)
+    params = {key: value for key, value in variables["params"].items() if key != "embed_norm"}
+    unbounded, _ = plain.apply({"params": params}, TOKENS)
+    bounded, _ = plain.clone(logit_softcap=0.5).apply({"params": params}, TOKENS)
+    np.testing.assert_allclose(bounded, 0.5 * np.tanh(np.asarray(unbounded) / 0.5), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"embed_norm": "layr"}, "model.embed_norm='layr'.*layer"),
+        ({"logit_softcap": 0.0}, "model.logit_softcap=0.0"),
+        ({"rope_fraction": 0.0}, "model.rope_fraction=0.0 is out of range"),
+        (
+            {"vocab_size": None, "input_dim": 3, "head": "regression", "output_dim": 1, "embed_scale": 2.0},
+            "embed_scale=2.0 acts",
+        ),
+    ],
+)
+def test_bad_options_of_scales_and_bounds(options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(**options)
+
+
 def test_flop_counter_equals_xla_where_nothing_loops():
     model = build(num_layers=3, embed_dim=128, unroll=0)
     variables = nn.unbox(model.init(jax.random.key(0), TOKENS))

@@ -5,9 +5,15 @@ The argument names the model, `--config=configs/python_bytes.py:mamba` (the defa
 - `gss_hybrid`: three gated state-space blocks to one of attention (Mehta et al. 2022);
 - `jamba`: three Mamba blocks to one of attention, each with a feed-forward, no positions (Lieber et al. 2024, without their
   mixtures of experts);
-- `mamba2_hybrid`: as `jamba` with Mamba-2.
+- `mamba2_hybrid`: as `jamba` with Mamba-2;
+- `combiner`: rows of 16 bytes, earlier ones through summaries (Ren et al. 2021); `logsparse` by the position's binary digits;
+- `routing_transformer`: clusters behind a window of 32 bytes (Roy et al. 2021);
+- `fnet_ar`: fixed waves in place of half of a Transformer's attention (Lou et al. 2021);
+- `cross_layer`: a multi-query Transformer of which every second attention reads the keys and values of the one before
+  (Brandon et al. 2024).
 
-Attention in hybrids sees a window of 64 bytes; what is further back reaches it through the recurrent blocks alone.
+Attention in hybrids with recurrent blocks sees a window of 64 bytes; what is further back reaches it through those blocks
+alone.
 """
 
 from seqjax import experiment_config
@@ -37,6 +43,20 @@ MODELS = {
         "num_heads": 4,
         "state_dim": 64,
         **RECURRENT,
+    },
+    "combiner": {"name": "combiner", "num_heads": 4, "span_length": 16},
+    "logsparse": {"name": "combiner", "num_heads": 4, "factorization": "logsparse"},
+    "routing_transformer": {
+        "name": "routing_transformer",
+        "pattern": ({"name": "attention", "window": 32}, "routing", "mlp"),
+        "num_heads": 4,
+    },
+    "fnet_ar": {"name": "fnet_ar", "pattern": (("fourier", "mlp"), ("attention", "mlp")), "num_heads": 4, "position": "rope"},
+    "cross_layer": {
+        "name": "transformer",
+        "pattern": (("attention", "mlp"), ({"name": "attention", "shares": True}, "mlp")),
+        "num_heads": 4,
+        "num_kv_heads": 1,
     },
 }
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from seqjax.config import ConfigError, allowed_values
 from seqjax.layers.dense import Dense, scaled_init
@@ -14,6 +16,7 @@ from seqjax.layers.positions import POSITIONS, alibi_slopes, rotary_frequencies,
 from seqjax.mixers.base import Costs, Mixer
 from seqjax.ops.attention import attended_pairs, flash_attention
 from seqjax.ops.segments import Segments, SegmentState, segments
+from seqjax.ops.set_prompt import SetOrder, reordered, sibling_bias
 from seqjax.registry import register_mixer
 
 
@@ -35,6 +38,23 @@ class AttentionState:
     segment: SegmentState
 
 
+class Memory(NamedTuple):
+    """What a call attended to, for later attention that shares it.
+
+    Attributes:
+      keys, values: of the cache where there is one; keys already rotated.
+      positions: of the call's queries.
+      masks: arguments of `flash_attention` that say which pairs attend.
+      overrun: whether the cache is too small; None without one.
+    """
+
+    keys: Float[Array, "B S G K"]
+    values: Float[Array, "B S G K"]
+    positions: Int[Array, "#B L"]
+    masks: dict[str, Any]
+    overrun: Bool[Array, ""] | None = None
+
+
 @register_mixer("attention")
 class Attention(Mixer):
     """Scaled dot-product attention (Vaswani et al. 2017) with grouped heads (Ainslie et al. 2023).
@@ -50,6 +70,8 @@ class Attention(Mixer):
       rope_theta, rope_llama3: see `rotary_frequencies`.
       rope_fraction: how much of each head is turned, its first features; the rest knows no position.
       qkv_bias, out_bias: biases of the projections.
+      shares: attend to the keys and values of the attention before it in its pattern unit and have none of its own
+        (cross-layer attention, Brandon et al. 2024); several in a row share those of the first.
       implementation: of `flash_attention`.
     """
 
@@ -63,9 +85,12 @@ class Attention(Mixer):
     rope_llama3: tuple | None = None
     qkv_bias: bool = False
     out_bias: bool = False
+    shares: bool = False
     implementation: str | None = None
 
     bidirectional = True
+    passes_memory = True
+    takes_sets = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,32 +130,91 @@ class Attention(Mixer):
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
 
+    @nn.nowrap
+    def memory_source(self, before: Attention | None) -> Attention:
+        """Whose keys and values this one attends to: its own, or those that `before` it attends to."""
+        if not self.shares:
+            return self
+        if before is None:
+            raise ConfigError(
+                "model.pattern: attention with shares=True has no attention before it in its pattern unit; allowed: "
+                "shares=False there, such as (('attention', 'mlp'), ({'name': 'attention', 'shares': True}, 'mlp'))."
+            )
+        for key in ("kv_heads", "key_dim", "position", "rope_theta", "rope_llama3", "rope_fraction", "window"):
+            mine, theirs = getattr(self, key), getattr(before, key)
+            if mine != theirs:
+                option = {"kv_heads": "num_kv_heads", "key_dim": "head_dim"}.get(key, key)
+                raise ConfigError(
+                    f"model.pattern: attention with shares=True has {option}={mine!r}, and the attention whose keys it reads "
+                    f"has {theirs!r}; allowed: the same."
+                )
+        return before
+
     @nn.compact
-    def __call__(self, x, state=None, *, segment_ids=None, train=False):
+    def __call__(
+        self,
+        x,
+        state=None,
+        *,
+        segment_ids=None,
+        train=False,
+        order: SetOrder | None = None,
+        memory: Memory | None = None,
+        return_memory: bool = False,
+    ):
+        """As `Mixer`, and with more arguments.
+
+        Args:
+          order: of a prompt with sets of sub-sequences; a set must be in one call.
+          memory: what to attend to, with `shares`.
+          return_memory: also give what the call attended to.
+        """
         if state is not None and not self.causal:
             self.refuse_state()
-        length = x.shape[1]
-        before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
-        found, after = segments(segment_ids, before, length)
-        q, k, v = self._project(x, x, found.positions, found.positions)
-        if state is None:
-            runs = None if segment_ids is None else (found.runs, found.runs)
-            mixed = self._attend(q, k, v, segment_ids=runs)
+        if self.shares:
+            if memory is None:
+                self.memory_source(None)
+            mixed = self._read(self._queries(x, memory.positions), memory)
         else:
-            mixed, state = self._continue(q, k, v, found, state, after)
-        return self._out(mixed), state
+            before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
+            found, after = segments(segment_ids, before, x.shape[1])
+            if order is not None:
+                self._check_order()
+                found, after = reordered(found, before, after, order)
+            q, k, v = self._project(x, x, found.positions, found.positions)
+            if state is None:
+                runs = None if segment_ids is None else (found.runs, found.runs)
+                memory, index = Memory(k, v, found.positions, {"segment_ids": runs}), 0
+            else:
+                index = state.index
+                memory, state = self._remember(k, v, found, state, after)
+            if order is not None:
+                memory.masks["bias"] = sibling_bias(order, memory.keys.shape[1], index)
+            mixed = self._read(q, memory)
+        y = self._out(mixed)
+        return (y, state, memory) if return_memory else (y, state)
+
+    def _check_order(self) -> None:
+        if self.window is not None or self.position == "alibi":
+            raise ConfigError(
+                f"a prompt with sets has positions of its own, and model.window={self.window} with model.position="
+                f"{self.position!r} counts tokens as they are stored; allowed: window=None and no 'alibi'."
+            )
 
     def _project(self, queries: Array, x: Array, q_positions: Array, positions: Array) -> tuple[Array, Array, Array]:
         """Queries `[B, T, H, K]`, keys and values `[B, L, G, K]` of `x`, rotated where positions are rotary."""
-        q = self._dense("query", (self.num_heads, self.key_dim), ("embed", "heads", "head_dim"), self.qkv_bias)(queries)
         k = self._dense("key", (self.kv_heads, self.key_dim), ("embed", "kv_heads", "head_dim"), self.qkv_bias)(x)
         v = self._dense("value", (self.kv_heads, self.key_dim), ("embed", "kv_heads", "head_dim"), self.qkv_bias)(x)
-        q, k, v = (nn.with_logical_constraint(a, ("batch", "length_act", "heads_act", None)) for a in (q, k, v))
-        if self.position == "rope":
-            q, k = self._turn(q, q_positions), self._turn(k, positions)
-        return q, k, v
+        k, v = (nn.with_logical_constraint(a, ("batch", "length_act", "heads_act", None)) for a in (k, v))
+        return self._queries(queries, q_positions), self._turn(k, positions), v
+
+    def _queries(self, x: Array, positions: Array) -> Array:
+        q = self._dense("query", (self.num_heads, self.key_dim), ("embed", "heads", "head_dim"), self.qkv_bias)(x)
+        return self._turn(nn.with_logical_constraint(q, ("batch", "length_act", "heads_act", None)), positions)
 
     def _turn(self, a: Array, positions: Array) -> Array:
+        if self.position != "rope":
+            return a
         frequencies = rotary_frequencies(self.turned, self.rope_theta, self.rope_llama3)
         if self.turned == self.key_dim:
             return rotate(a, positions, frequencies)
@@ -145,29 +229,40 @@ class Attention(Mixer):
         options = {"causal": self.causal, "window": self.window, **masks}
         return flash_attention(q, k, v, alibi_slopes=slopes, implementation=self.implementation, **options)
 
+    def _read(self, q: Array, memory: Memory) -> Array:
+        mixed = self._attend(q, memory.keys, memory.values, **memory.masks)
+        return mixed if memory.overrun is None else jnp.where(memory.overrun, jnp.nan, mixed)
+
     def _continue(
         self, q: Array, k: Array, v: Array, found: Segments, state: AttentionState, after: SegmentState
     ) -> tuple[Array, AttentionState]:
         """Attend to the cache and the chunk, and put the chunk into the cache."""
-        length, capacity = q.shape[1], state.keys.shape[1]
+        memory, state = self._remember(k, v, found, state, after)
+        return self._read(q, memory), state
+
+    def _remember(
+        self, k: Array, v: Array, found: Segments, state: AttentionState, after: SegmentState
+    ) -> tuple[Memory, AttentionState]:
+        """Put the chunk into the cache; what the chunk attends to."""
+        length, capacity = k.shape[1], state.keys.shape[1]
         old = (state.keys, state.values, state.runs)
         new = (k, v, found.runs)
         if self.window == capacity:
-            mixed, cache = self._continue_ring(q, old, new, state.index)
+            memory, cache = self._remember_ring(found, old, new, state.index)
         else:
             cache = tuple(
                 jax.lax.dynamic_update_slice_in_dim(a, b.astype(a.dtype), state.index, axis=1) for a, b in zip(old, new)
             )
             keys, values, runs = cache
-            mixed = self._attend(q, keys, values, segment_ids=(found.runs, runs), q_offset=state.index)
-            mixed = jnp.where(state.index + length > capacity, jnp.nan, mixed)
+            masks = {"segment_ids": (found.runs, runs), "q_offset": state.index}
+            memory = Memory(keys, values, found.positions, masks, state.index + length > capacity)
         keys, values, runs = cache
         index = state.index + length
-        return mixed, AttentionState(keys=keys, values=values, runs=runs, index=index, segment=after)
+        return memory, AttentionState(keys=keys, values=values, runs=runs, index=index, segment=after)
 
-    def _continue_ring(self, q: Array, old: tuple, new: tuple, index: Array) -> tuple[Array, tuple]:
+    def _remember_ring(self, found: Segments, old: tuple, new: tuple, index: Array) -> tuple[Memory, tuple]:
         """Slot s holds the last token whose position is s modulo the capacity."""
-        length, capacity = q.shape[1], old[0].shape[1]
+        length, capacity = new[0].shape[1], old[0].shape[1]
         kept = min(length, capacity)
         arriving = index + jnp.arange(length - kept, length)
         cache = tuple(a.at[:, arriving % capacity].set(b[:, length - kept :].astype(a.dtype)) for a, b in zip(old, new))
@@ -179,8 +274,8 @@ class Attention(Mixer):
         positions = last - (last - jnp.arange(capacity)) % capacity
         if length > 1:
             positions = jnp.concatenate([positions, index + jnp.arange(length)])
-        masks = {"segment_ids": (new[2], runs), "q_offset": index, "kv_positions": positions}
-        return self._attend(q, keys, values, **masks), cache
+        masks = {"segment_ids": (found.runs, runs), "q_offset": index, "kv_positions": positions}
+        return Memory(keys, values, found.positions, masks), cache
 
     def _dense(
         self, name: str, features: int | tuple[int, ...], axes: tuple[str, ...], use_bias: bool, scale: float = 1.0
@@ -197,9 +292,11 @@ class Attention(Mixer):
         )
 
     @nn.nowrap
-    def init_state(self, batch_size: int, max_length: int) -> AttentionState:
+    def init_state(self, batch_size: int, max_length: int) -> AttentionState | tuple:
         if not self.causal:
             self.refuse_state()
+        if self.shares:
+            return ()
         capacity = max_length if self.window is None else min(self.window, max_length)
         shape = (batch_size, capacity, self.kv_heads, self.key_dim)
         return AttentionState(
@@ -212,7 +309,7 @@ class Attention(Mixer):
 
     @nn.nowrap
     def costs(self, length: int) -> Costs:
-        wide, narrow = self.num_heads * self.key_dim, self.kv_heads * self.key_dim
+        wide, narrow = self.num_heads * self.key_dim, 0 if self.shares else self.kv_heads * self.key_dim
         kernels = self.embed_dim * (2 * wide + 2 * narrow)
         biases = self.qkv_bias * (wide + 2 * narrow) + self.out_bias * self.embed_dim
         pairs = attended_pairs(length, causal=self.causal, window=self.window)
@@ -221,5 +318,5 @@ class Attention(Mixer):
         return Costs(
             parameters=kernels + biases,
             flops=2 * length * kernels + 4 * pairs * wide,
-            state_bytes=capacity * slot + 16 if self.causal else 0,
+            state_bytes=capacity * slot + 16 if self.causal and not self.shares else 0,
         )

@@ -75,6 +75,10 @@ class Mixer(nn.Module):
     """Whether `segment_ids` are honoured."""
     derives: ClassVar[bool] = False
     """Whether it makes constants of its parameters by `derived`, which `Model.prepare` can keep."""
+    passes_memory: ClassVar[bool] = False
+    """Whether its call takes the arguments `memory`, what an earlier sub-layer attends to, and `order`; see `Attention`."""
+    takes_sets: ClassVar[bool] = False
+    """Whether it can keep apart the sub-sequences of a set (`ops.set_prompt`): by the argument `order`, or token by token."""
     optimizer_groups: ClassVar[tuple[tuple[str, str], ...]] = ()
     """(regular expression on a parameter's path, optimizer group) for parameters that train apart from the rest."""
 

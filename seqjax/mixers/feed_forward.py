@@ -40,6 +40,7 @@ class FeedForward(Mixer):
     mlp_bias: bool = True
 
     bidirectional = True
+    takes_sets = True
     kernels = 2
 
     def __post_init__(self) -> None:

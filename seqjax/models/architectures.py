@@ -76,6 +76,7 @@ register_stack(
     example=NORMED | {"num_layers": 2},
 )
 register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED)
+register_stack("combiner", pattern=("combiner", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS | {"span_length": 4})
 register_stack("fnet_ar", pattern=("fourier", "mlp"), defaults=SEQUENCE, example=TINY)
 register_stack(
     "routing_transformer",

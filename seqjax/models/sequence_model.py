@@ -21,6 +21,7 @@ from seqjax.models.base import Model
 from seqjax.models.heads import HEADS, Head, last_segment
 from seqjax.models.series import check_series, series_rows
 from seqjax.ops.segments import SegmentState, segments
+from seqjax.ops.set_prompt import SetOrder, reordered
 
 REMAT_POLICIES = {
     "none": None,
@@ -61,6 +62,7 @@ class Residual(nn.Module):
 
     pre-norm: `x + mixer(norm(x))` (Xiong et al. 2020); post-norm: `norm(x + mixer(x))` (Vaswani et al. 2017).
     Stochastic depth (Huang et al. 2016) drops a sub-layer's output, for a whole row, at `drop_rate`.
+    Attention may read the keys and values of an earlier sub-layer (`Attention.shares`).
     """
 
     sublayers: Block
@@ -78,15 +80,22 @@ class Residual(nn.Module):
         drop_rate: Array | None,
         segment_ids: Array | None,
         train: bool,
+        order: SetOrder | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple | None]:
-        states = []
+        states, memory = [], None
         for i, sublayer in enumerate(self.sublayers):
             types = {"dtype": self.frame.dtype, "param_dtype": self.frame.param_dtype}
             norm = make_norm(self.norm, name=f"norm_{i}", epsilon=self.norm_epsilon, **types)
             mixer = sublayer.make(self.frame, name=f"{sublayer.name}_{i}")
             inputs = norm(x, train) if self.norm_position == "pre" else x
             before = None if state is None else state[i]
-            y, after = mixer(inputs, before, segment_ids=segment_ids, train=train)
+            options = {"segment_ids": segment_ids, "train": train}
+            if order is not None and not mixer.takes_sets:
+                raise ConfigError(f"model.pattern: {sublayer.name} takes tokens as they are stored, so no prompt with sets.")
+            if mixer.passes_memory:
+                y, after, memory = mixer(inputs, before, memory=memory, return_memory=True, order=order, **options)
+            else:
+                y, after = mixer(inputs, before, **options)
             states.append(after)
             y = nn.Dropout(self.dropout, deterministic=not train)(y)
             if train and drop_rate is not None:
@@ -185,6 +194,7 @@ class SequenceModel(Model):
         *,
         segment_ids: Int[Array, "B L"] | None = None,
         train: bool = False,
+        order: SetOrder | None = None,
     ) -> tuple[Array, SequenceModelState | None]:
         """Outputs of the head for `inputs`, and the next state if one was given.
 
@@ -193,6 +203,8 @@ class SequenceModel(Model):
           state: from `init_state`, or a previous call.
           segment_ids: a new segment starts wherever the id changes; nothing crosses. Heads that pool take 0 for padding.
           train: dropout, stochastic depth and batch statistics are on; needs the rng `dropout` where a rate is positive.
+          order: of prompts with sets of sub-sequences (`ops.set_prompt.set_order`), for patterns of attention and
+            feed-forwards; the whole of a set in one call.
         """
         inputs, segment_ids = self.sequences(inputs, segment_ids, state)
         inputs, segment_ids, restore = series_rows(inputs, segment_ids, self.series_norm, self.channel_independent)
@@ -202,12 +214,14 @@ class SequenceModel(Model):
             inputs = inputs.swapaxes(1, 2)
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
+        if order is not None:
+            found, segment = reordered(found, before, segment, order)
         x, table = self.embed(inputs, found.positions, train)
         if self.embed_norm != "none":
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             x = make_norm(self.embed_norm, name="embed_norm", epsilon=self.norm_epsilon, **types)(x, train)
         states = (None, None) if state is None else (state.repeats, state.remainder)
-        x, states = self._stack(x, states, segment_ids, train)
+        x, states = self._stack(x, states, segment_ids, train, order)
         x = self._last_norm(x, train)
         outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
         if state is not None:
@@ -215,7 +229,12 @@ class SequenceModel(Model):
         return restore(outputs), state
 
     def _stack(
-        self, x: Float[Array, "B L D"], states: tuple, segment_ids: Array | None, train: bool
+        self,
+        x: Float[Array, "B L D"],
+        states: tuple,
+        segment_ids: Array | None,
+        train: bool,
+        order: SetOrder | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple]:
         """All blocks: the scanned repeats, then the remainder."""
         layer = Residual
@@ -231,17 +250,17 @@ class SequenceModel(Model):
                 layer,
                 variable_axes={"params": 0, "batch_stats": 0, "losses": 0, "derived": 0},
                 split_rngs={"params": True, "dropout": True},
-                in_axes=(0, 0, nn.broadcast, nn.broadcast),
+                in_axes=(0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
                 out_axes=0,
                 length=self.repeats,
                 unroll=self.unroll or self.repeats,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             scan_rates = None if rates is None else rates[: self.repeats]
-            x, repeated = scanned(self.unit, **options, name="repeats")(x, repeated, scan_rates, segment_ids, train)
+            x, repeated = scanned(self.unit, **options, name="repeats")(x, repeated, scan_rates, segment_ids, train, order)
         if self.remainder:
             last_rate = None if rates is None else rates[-1]
-            x, left = layer(self.remainder, **options, name="remainder")(x, left, last_rate, segment_ids, train)
+            x, left = layer(self.remainder, **options, name="remainder")(x, left, last_rate, segment_ids, train, order)
         return x, (repeated, left)
 
     def _last_norm(self, x: Float[Array, "B L D"], train: bool) -> Float[Array, "B L D"]:
@@ -336,8 +355,10 @@ def make_stack(kind: type[SequenceModel], pattern: tuple, **options: Any) -> Seq
     blocks = tuple(tuple(make_sublayer(entry, options) for entry in block) for block in blocks_of(pattern))
     of_model = {key: value for key, value in options.items() if key in options_of(kind)}
     model = kind(pattern=blocks, **of_model)
+    source = None
     for sublayer in model.unit:
-        sublayer.make(model.frame, parent=None)  # a mixer's own checks, before anything is compiled
+        mixer = sublayer.make(model.frame, parent=None)  # a mixer's own checks, before anything is compiled
+        source = mixer.memory_source(source) if mixer.passes_memory else source
     return model
 
 

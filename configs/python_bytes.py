@@ -1,11 +1,13 @@
 """Byte-level language models on Python's own standard library: the quickstart's data and step budget, to compare with.
 
-The argument names the model, `--config=configs/python_bytes.py:mamba` (the default), `mamba2` or a hybrid with attention:
+The argument names the model, `--config=configs/python_bytes.py:mamba` (the default), any other architecture for tokens, or one
+of these:
 
 - `gss_hybrid`: three gated state-space blocks to one of attention (Mehta et al. 2022);
 - `jamba`: three Mamba blocks to one of attention, each with a feed-forward, no positions (Lieber et al. 2024, without their
   mixtures of experts);
 - `mamba2_hybrid`: as `jamba` with Mamba-2;
+- `perceiver_ar`: 192 latents at most, windows that move by 64 bytes (Hawthorne et al. 2022);
 - `combiner`: rows of 16 bytes, earlier ones through summaries (Ren et al. 2021); `logsparse` by the position's binary digits;
 - `routing_transformer`: clusters behind a window of 32 bytes (Roy et al. 2021);
 - `fnet_ar`: fixed waves in place of half of a Transformer's attention (Lou et al. 2021);
@@ -16,7 +18,7 @@ Attention in hybrids with recurrent blocks sees a window of 64 bytes; what is fu
 alone.
 """
 
-from seqjax import experiment_config
+from seqjax import experiment_config, registry
 from seqjax.config import choose
 
 LOCAL = {"name": "attention", "window": 64}
@@ -44,6 +46,7 @@ MODELS = {
         "state_dim": 64,
         **RECURRENT,
     },
+    "perceiver_ar": {"name": "perceiver_ar", "num_latents": 192, "stride": 64},
     "combiner": {"name": "combiner", "num_heads": 4, "span_length": 16},
     "logsparse": {"name": "combiner", "num_heads": 4, "factorization": "logsparse"},
     "routing_transformer": {
@@ -62,7 +65,8 @@ MODELS = {
 
 
 def get_config(model="mamba"):
-    chosen = choose(MODELS, model, "the config's model")
+    registry.load_all()
+    chosen = choose({name: {"name": name} for name in registry.ARCHITECTURES} | MODELS, model, "the config's model")
     return experiment_config(
         model={"embed_dim": 128, "num_layers": 4, "unroll": 0, "embed_init": 128**-0.5} | chosen,
         data={"name": "python_source", "batch_size": 8, "sequence_length": 256},

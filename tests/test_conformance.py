@@ -139,7 +139,6 @@ SUBJECTS = find_subjects()
 ALL_CHECKS = {"transformer", "griffin"}
 """Of the architectures that are stacks of mixers, those that take every check."""
 STACK_CHECKS = (
-    conformance.no_ids_means_one_segment,
     conformance.decoding_keeps_one_program,
     conformance.bidirectional_refuses_state,
     conformance.state_bytes_are_declared,

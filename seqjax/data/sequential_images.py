@@ -66,7 +66,8 @@ class SequentialImages(Task):
     """Images as sequences of pixels, row by row.
 
     - `objective="classify"`: `inputs` `[L, C]` float32, `(pixel / 255 - mean) / std` by channel with the constants of
-      `DATASETS`; `targets` the label. L = 784 for MNIST, 1024 for CIFAR-10.
+      `DATASETS`; `targets` the label. L = 784 for MNIST, 1024 for CIFAR-10. With patches of P x P pixels, row by row too,
+      `[L / P^2, P^2 C]`.
     - `objective="density"`: `targets` the pixel values 0-255, `inputs` the same shifted by one after a beginning id of
       256, or of 256 + label with `class_conditional`; the channels of a pixel follow one another (CIFAR-10 in colour:
       L = 3072).
@@ -84,6 +85,7 @@ class SequentialImages(Task):
       class_conditional: the beginning id of a density tells the label.
       permuted: pixels in a fixed random order (psMNIST), the same for every `seed`.
       grayscale: one channel instead of three, for CIFAR-10.
+      patch_size: P, the side of the square of pixels that one step holds; a divisor of the image's sides.
       manual_dir: folder of the file to use instead of a download.
       data_dir: where prepared images lie (default `$SEQJAX_DATA_DIR` or `~/.cache/seqjax`).
     """
@@ -96,6 +98,7 @@ class SequentialImages(Task):
     class_conditional: bool = False
     permuted: bool = False
     grayscale: bool = False
+    patch_size: int = 1
     manual_dir: str | None = None
     data_dir: str | None = None
 
@@ -108,6 +111,14 @@ class SequentialImages(Task):
         if self.class_conditional and self.objective == "classify":
             raise ConfigError(
                 "data.class_conditional=True with data.objective='classify' gives the answer away; allowed: False."
+            )
+        side = image_set.shape[0]
+        if self.patch_size < 1 or side % self.patch_size:
+            allowed = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
+            raise ConfigError(f"data.patch_size={self.patch_size} does not divide the {side} pixels of a side; allowed: {allowed}.")
+        if self.patch_size > 1 and (self.permuted or self.objective == "density"):
+            raise ConfigError(
+                f"data.patch_size={self.patch_size} is for data.objective='classify' and pixels in their order; allowed: 1."
             )
         if self.manual_dir is not None and not self._manual_path.is_file():
             raise ConfigError(f"data.manual_dir={self.manual_dir!r} must hold the file {image_set.manual_file}; it does not.")
@@ -131,11 +142,11 @@ class SequentialImages(Task):
     @property
     def length(self) -> int:
         height, width, _ = self._set.shape
-        return height * width * (1 if self.objective == "classify" else self._channels)
+        return height * width // self.patch_size**2 * (1 if self.objective == "classify" else self._channels)
 
     @property
     def input_dim(self) -> int | None:
-        return self._channels if self.objective == "classify" else None
+        return self.patch_size**2 * self._channels if self.objective == "classify" else None
 
     @property
     def vocab_size(self) -> int | None:
@@ -209,11 +220,17 @@ class SequentialImages(Task):
         if self.objective == "classify":
             mean, std = self._set.gray if self.grayscale else (self._set.mean, self._set.std)
             inputs = (pixels.astype(np.float32) / 255 - np.float32(mean)) / np.float32(std)
-            return {"inputs": inputs, "targets": np.int32(label), "weights": np.float32(1)}
+            return {"inputs": self._patches(inputs), "targets": np.int32(label), "weights": np.float32(1)}
         targets = pixels.reshape(-1).astype(np.int32)
         first = BOS_ID + (int(label) if self.class_conditional else 0)
         inputs = np.concatenate([[first], targets[:-1]], dtype=np.int32)
         return {"inputs": inputs, "targets": targets, "weights": np.ones(len(targets), np.float32)}
+
+    def _patches(self, pixels: np.ndarray) -> np.ndarray:
+        """`[H * W, C]` to `[H * W / P^2, P^2 * C]`."""
+        (height, width, _), side = self._set.shape, self.patch_size
+        squares = pixels.reshape(height // side, side, width // side, side, -1).swapaxes(1, 2)
+        return squares.reshape(self.length, -1)
 
 
 class Images:

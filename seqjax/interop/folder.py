@@ -1,4 +1,5 @@
-"""A folder in Hugging Face's form: `config.json`, and tensors in `model.safetensors` or in shards with an index."""
+"""A folder in Hugging Face's form: `config.json`, and tensors in `model.safetensors`, in shards with an index, or, in older
+folders, in PyTorch's `pytorch_model.bin`."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ import numpy as np
 
 from seqjax.config import ConfigError
 from seqjax.interop.family import listed
+from seqjax.interop.torch_file import TorchFile
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"
 FLOATS = ("BF16", "F16", "F32", "F64")
 
 
@@ -66,7 +69,8 @@ def open_tensors(folder: pathlib.Path) -> Iterator[Tensors]:
             return opened[name]
 
         if (folder / SINGLE).exists() or not (folder / INDEX).exists():
-            file = open_file(SINGLE)
+            pickled = not (folder / SINGLE).exists() and (folder / PICKLED).exists()
+            file = stack.enter_context(TorchFile(folder / PICKLED)) if pickled else open_file(SINGLE)
             yield Tensors({tensor: file for tensor in file.keys()})  # noqa: SIM118  not a mapping
         else:
             homes = _read_json(folder / INDEX).get("weight_map")
@@ -117,7 +121,9 @@ def _shards(tensors: Mapping[str, np.ndarray], shard_bytes: int) -> list[list[st
 def _open(path: pathlib.Path) -> Any:
     safetensors = _safetensors()
     if not path.exists():
-        raise ConfigError(f"{path} is missing; allowed: weights in {SINGLE}, or in the shards that {INDEX} names.")
+        raise ConfigError(
+            f"{path} is missing; allowed: weights in {SINGLE}, in the shards that {INDEX} names, or in {PICKLED}."
+        )
     try:
         return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError) as error:

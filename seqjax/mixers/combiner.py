@@ -27,19 +27,20 @@ class CombinerState:
 class Combiner(Mixer):
     """Combiner attention (Ren et al. 2021): every earlier token is seen, most of them through spans.
 
-    Positions must be added to the embedding: a span's key is the greatest of several, which a rotation would not survive.
-
     Carried state: queries, keys, values and spans. A chunk that overruns them gets NaN, never a silently wrong answer.
 
     Attributes:
       num_heads: H, a divisor of `embed_dim`.
       factorization: "axial", "fixed" or "logsparse"; see `combiner_attention`.
       span_length: of the blocks of "fixed" and the rows of "axial"; the square root of the length costs least.
+      position: of the model, which adds "sinusoidal" or "learned" to the embedding: a span's key is the greatest of several,
+        which a rotation would not survive.
     """
 
     num_heads: int = 4
     factorization: str = "axial"
     span_length: int = 32
+    position: str = "sinusoidal"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +48,11 @@ class Combiner(Mixer):
         choose(dict.fromkeys(FACTORIZATIONS), self.factorization, "model.factorization")
         if self.span_length < 1:
             raise ConfigError(f"model.span_length={self.span_length} is not positive; allowed: 1 and above.")
+        if self.position in ("rope", "alibi"):
+            raise ConfigError(
+                f"model.position={self.position!r} acts inside attention, and a Combiner's spans have no position of their own; "
+                "allowed: sinusoidal, learned, none."
+            )
 
     @property
     def head_dim(self) -> int:

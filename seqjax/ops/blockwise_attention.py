@@ -23,16 +23,36 @@ from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, dist
 
 MOST_BLOCKS = 128
 """Bound on the blocks of one sequence, and so on the steps of a loop over pairs of them."""
+AT_ONCE = 1024
+"""Up to so many tokens, each block of queries takes all its keys at once, without a loop."""
 
 
 def forward(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
     """Output `[B, T, H, W]` in the dtype of `v`, and each row's log-sum-exp `[B, T, H]` in at least float32."""
-    call = _call(spec, mask, q, k, bias)
-    q = _by_head(q, k.shape[2])
+    parts = _parts(spec, mask, q.shape[1], k.shape[1])
     # With one block of queries each key is read once, from where it lies: to bring heads first is to copy them all.
-    in_place = call.queries.count == 1
+    in_place = not parts and _blocks(q.shape[1], k.shape[1])[0].count == 1
+    q = _by_head(q, k.shape[2])
     if not in_place:
         k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    if parts:
+        found = [_mix(*_part(spec, mask, q, k, v, bias, *part), in_place=False) for part in parts]
+        mixed, log_sum = (jnp.concatenate(pieces, axis=3) for pieces in zip(*found))
+    else:
+        mixed, log_sum = _mix(spec, mask, q, k, v, bias, in_place=in_place)
+    return _by_token(mixed), _by_token(log_sum)[..., 0]
+
+
+def _mix(
+    spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None, *, in_place: bool
+) -> tuple[Array, Array]:
+    """Output `[B, G, R, T, W]` and log-sum-exp `[B, G, R, T, 1]` of queries `[B, G, R, T, K]`, and of keys and values
+    `[B, G, S, ...]`, or `[B, S, G, ...]` in place."""
+    length, num_keys = q.shape[3], k.shape[1 if in_place else 2]
+    call = _Call(spec, mask, bias, *_blocks(length, num_keys), repeats=q.shape[2])
+    at_once = call.queries.count == call.keys.count == 1 and bias is None
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    lowest = jnp.finfo(wide).min  # not -inf: the difference of two of them is a number
 
     def take_keys(a: Array, tile: _Tile) -> Array:
         block = _take(a, tile.key, call.keys, axis=1 if in_place else 2)
@@ -46,18 +66,27 @@ def forward(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Arr
         added = _matmul("bgqs,bgsw->bgqw", weights.astype(v.dtype), take_keys(v, tile))
         return peak, kept * total + jnp.sum(weights, axis=-1, keepdims=True), kept * mixed + added
 
+    def fold_once(tile: _Tile, masked: bool, _: tuple[Array, ...]) -> tuple[Array, ...]:
+        """The same where nothing runs: XLA makes one loop of a maximum and of what is less that maximum, and of no more."""
+        logits, _ = _logits(call, tile, _take_rows(q, tile, call), take_keys(k, tile), masked, hidden=lowest)
+        peak = jnp.max(logits, axis=-1, keepdims=True)
+        weights = jnp.exp(logits - peak)
+        added = _matmul("bgqs,bgsw->bgqw", weights.astype(v.dtype), take_keys(v, tile))
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if masked:  # rows that see no key
+            some = visible(spec, mask, jnp.arange(length), jnp.arange(num_keys)).any(axis=-1)
+            total, added = (jnp.where(_tile_rows(some[..., None], call), a, 0) for a in (total, added))
+        return peak, total, added
+
     def step(tile: _Tile, masked: bool, running: tuple[Array, ...]) -> tuple[Array, ...]:
         before = tuple(_take_rows(a, tile, call) for a in running)
-        after = _if_live(tile, functools.partial(fold, tile, masked), before)
+        after = _if_live(tile, functools.partial(fold_once if at_once else fold, tile, masked), before)
         return tuple(_put_rows(a, block, tile, call) for a, block in zip(running, after))
 
-    wide = jnp.promote_types(q.dtype, jnp.float32)
     filled = lambda width, value: jnp.full_like(q, value, wide, shape=(*q.shape[:-1], width))
-    # The lowest finite number, not -inf: the difference of two of them is a number.
-    top, total, mixed = _walk(call, step, (filled(1, jnp.finfo(wide).min), filled(1, 0), filled(v.shape[-1], 0)))
+    top, total, mixed = _walk(call, step, (filled(1, lowest), filled(1, 0), filled(v.shape[-1], 0)))
     log_sum = jnp.where(total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total)))
-    mixed = mixed / jnp.where(total == 0, 1, total)
-    return _by_token(mixed.astype(v.dtype)), _by_token(log_sum)[..., 0]
+    return (mixed / jnp.where(total == 0, 1, total)).astype(v.dtype), log_sum
 
 
 def backward(
@@ -70,7 +99,7 @@ def backward(
     """Cotangents of `operands = (q, k, v, bias)` from those of `outputs = (mixed, log_sum)` of `forward`."""
     q, k, v, bias = operands
     dtypes, groups = [a if a is None else a.dtype for a in operands], k.shape[2]
-    call = _call(spec, mask, q, k, bias)
+    call = _Call(spec, mask, bias, *_blocks(q.shape[1], k.shape[1]), repeats=q.shape[2] // groups)
     wide = jnp.promote_types(q.dtype, jnp.float32)
     log_sum, inner = (_by_head(a[..., None], groups) for a in _row_terms(outputs, cotangents, wide))
     q, d_mixed = _by_head(q, groups), _by_head(cotangents[0], groups)
@@ -135,15 +164,34 @@ class _Tile(NamedTuple):
     live: Array | None
 
 
-def _call(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, bias: Array | None) -> _Call:
-    length, num_keys = q.shape[1], k.shape[1]
-    return _Call(spec, mask, bias, *_blocks(length, num_keys), repeats=q.shape[2] // k.shape[2])
+def _parts(spec: AttentionSpec, mask: AttentionMask, length: int, num_keys: int) -> list[tuple[slice, slice]]:
+    """Of a short call, the blocks of queries, each with the keys that it may see; none where there is one block, or a loop
+    skips more."""
+    queries, keys = _blocks(length, num_keys)
+    if not mask.known_positions or queries.count == 1 or not 0 < num_keys <= AT_ONCE or length > AT_ONCE:
+        return []
+    some, _ = static_blocks(spec, mask, queries, keys)
+    ends = [min(num_keys, keys.size * (1 + int(np.flatnonzero(live)[-1]))) if live.any() else 0 for live in some]
+    starts = range(0, length, queries.size)
+    return [(slice(i, min(i + queries.size, length)), slice(0, end)) for i, end in zip(starts, ends)] if some[:, 0].all() else []
+
+
+def _part(
+    spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None, rows: slice, keys: slice
+) -> tuple:
+    """The arguments of `_mix` for a range of queries and one of keys that starts at the first."""
+    if mask.segment_ids is not None:
+        mask = mask._replace(segment_ids=(mask.segment_ids[0][:, rows], mask.segment_ids[1][:, keys]))
+    bias = None if bias is None else bias[:, :, rows, keys]
+    return spec._replace(q_offset=spec.q_offset + rows.start), mask, q[:, :, :, rows], k[:, :, keys], v[:, :, keys], bias
 
 
 def _blocks(length: int, num_keys: int) -> tuple[Blocks, Blocks]:
     """Blocks of 128 on short sequences, of 256 on longer ones, so that scores stay in cache; larger where they are too many."""
     least = 128 if max(length, num_keys) <= 1024 else 256
-    return tuple(Blocks(n, max(1, min(n, max(least, -(-n // MOST_BLOCKS))))) for n in (length, num_keys))
+    queries, keys = (Blocks(n, max(1, min(n, max(least, -(-n // MOST_BLOCKS))))) for n in (length, num_keys))
+    at_once = queries.count == 1 and 0 < num_keys <= AT_ONCE
+    return queries, Blocks(num_keys, num_keys) if at_once else keys
 
 
 def _walk(call: _Call, step: Callable, carry: tuple) -> tuple:
@@ -169,8 +217,10 @@ def _if_live(tile: _Tile, fold: Callable, blocks: tuple) -> tuple:
     return fold(blocks) if tile.live is None else jax.lax.cond(tile.live, fold, lambda blocks: blocks, blocks)
 
 
-def _logits(call: _Call, tile: _Tile, rows: Array, keys: Array, masked: bool) -> tuple[Array, Array | None]:
-    """Logits `[B, G, R * t, s]` of a tile, -inf where masked, and their derivative by the scaled products (None for 1)."""
+def _logits(
+    call: _Call, tile: _Tile, rows: Array, keys: Array, masked: bool, hidden: float = -jnp.inf
+) -> tuple[Array, Array | None]:
+    """Logits `[B, G, R * t, s]` of a tile, `hidden` where masked, and their derivative by the scaled products (None for 1)."""
     logits, slope = call.spec.scale * _matmul("bgqk,bgsk->bgqs", rows, keys), None
     if call.spec.softcap is not None:
         squashed = jnp.tanh(logits / call.spec.softcap)
@@ -186,7 +236,7 @@ def _logits(call: _Call, tile: _Tile, rows: Array, keys: Array, masked: bool) ->
     if masked:
         seen = visible(call.spec, call.mask, queries, key_range)
         seen = seen & (queries >= tile.query * call.queries.size)[:, None] & (key_range >= tile.key * call.keys.size)
-        logits = jnp.where(_tile_rows(seen, call), logits, -jnp.inf)
+        logits = jnp.where(_tile_rows(seen, call), logits, hidden)
     return logits, slope
 
 

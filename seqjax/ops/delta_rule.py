@@ -1,21 +1,21 @@
 """Matrix states under the delta rule: what is written is the error of what the state would have read.
 
 The writes of a chunk depend on one another: `(I + A) U = beta (V - K S)`, A strictly lower triangular with entries
-`beta_t k_t . k_s` under the decays. One triangular solve gives them all (the UT transform: Yang et al. 2024, section 3.2;
-with decays, Yang et al. 2025, section 3.3); the rest of a chunk is linear attention with values U. The sums of powers of A
-that would replace the solve lose all digits where keys repeat.
+`beta_t k_t . k_s` under the decays. The inverse gives them all (the UT transform: Yang et al. 2024, section 3.2; with decays,
+Yang et al. 2025, section 3.3); the rest of a chunk is linear attention with values U. Sums of powers of A would lose all
+digits where keys repeat.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array
 
 from seqjax.ops.channel_decay import decayed_products, power_of_two_chunks
 from seqjax.ops.chunk_scan import differentiated, from_chunks, matmul, scan_chunks, to_chunks
 from seqjax.ops.head_decay import equal_chunks, head_decays
+from seqjax.ops.triangular import unit_lower_inverse
 
 
 def delta_rule_attention(
@@ -35,9 +35,8 @@ def _forward(state: Array, chunk: tuple) -> tuple[Array, Array]:
     decayed = (_under_head_decays if log_decay.ndim == 3 else _under_channel_decays)(q, k, log_decay)
     low = state.astype(v.dtype)
     errors = v - matmul("bhtk,bhkw->bhtw", decayed.k_since, low)
-    overlaps = beta[..., None] * decayed.overlaps
-    solve = {"left_side": True, "lower": True, "unit_diagonal": True}
-    writes = jax.lax.linalg.triangular_solve(overlaps, beta[..., None] * errors, **solve).astype(v.dtype)
+    solve = unit_lower_inverse(beta[..., None] * decayed.overlaps)
+    writes = matmul("bhts,bhsw->bhtw", solve, beta[..., None] * errors).astype(v.dtype)
     y = matmul("bhts,bhsw->bhtw", decayed.scores.astype(v.dtype), writes)
     y = y + matmul("bhtk,bhkw->bhtw", decayed.q_since, low)
     state = decayed.whole * state + matmul("bhsk,bhsw->bhkw", decayed.k_until, writes)

@@ -5,6 +5,8 @@ Everything is computed in at least float32 and is differentiable in every array.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -62,7 +64,7 @@ def _generalised_bilinear(A: Array, B: Array, alpha: float) -> tuple[Array, Arra
         return identity + A, B
     both = jnp.concatenate([A, B[..., None]], axis=-1)
     with jax.default_matmul_precision("highest"):
-        both = jnp.linalg.solve(identity - alpha * A, both)
+        both = _for_each(jnp.linalg.solve, identity - alpha * A, both)
     return identity + both[..., :-1], both[..., -1]
 
 
@@ -71,8 +73,21 @@ def _zero_order_hold(A: Array, B: Array) -> tuple[Array, Array]:
     both = jnp.concatenate([A, B[..., None]], axis=-1)
     square = jnp.concatenate([both, jnp.zeros_like(both[..., :1, :])], axis=-2)
     with jax.default_matmul_precision("highest"):
-        both = jax.scipy.linalg.expm(square)[..., :-1, :]
+        both = _for_each(jax.scipy.linalg.expm, square)[..., :-1, :]
     return both[..., :-1], both[..., -1]
+
+
+def _for_each(function: Callable[..., Array], *matrices: Array) -> Array:
+    """A function of matrices over their leading axes; on a CPU one after the other.
+
+    jaxlib's batched LAPACK calls wait there for threads that they themselves occupy: two at a time can stop a program on two
+    cores for ever.
+    """
+    batch = matrices[0].shape[:-2]
+    flat = tuple(a.reshape(-1, *a.shape[-2:]) for a in matrices)
+    in_turn = lambda *flat: jax.lax.map(lambda each: function(*each), flat)
+    found = jax.lax.platform_dependent(*flat, cpu=in_turn, default=jax.vmap(function))
+    return found.reshape(*batch, *found.shape[1:])
 
 
 def discretize_diagonal(

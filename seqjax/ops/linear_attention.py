@@ -18,6 +18,7 @@ from seqjax.ops.delta_rule import delta_rule_attention
 from seqjax.ops.dispatch import dispatch
 from seqjax.ops.head_decay import equal_chunks, head_decay_attention
 from seqjax.ops.segments import reversed_starts
+from seqjax.ops.triangular import unit_lower_inverse_flops
 
 CHUNK_SIZE = 64
 NORMALIZER_EPSILON = 1e-6
@@ -113,9 +114,10 @@ def linear_attention_flops(
         per_token += heads * key_dim * (rows * (size + size.bit_length() + 1) + 2 * size.bit_length())
     else:
         per_token += 2 * rows * size * (heads if delta_rule else groups) * key_dim + (2 + rows) * size * heads
-    if delta_rule:  # what the state would have read, and the triangular solve
-        per_token += 2 * entries + size * heads * value_dim + 3 * heads * key_dim
-    return count * size * per_token
+    if delta_rule:  # what the state would have read, and what to write
+        per_token += 2 * entries + 2 * size * heads * value_dim + 3 * heads * key_dim
+    inverses = count * heads * unit_lower_inverse_flops(size) if delta_rule else 0
+    return count * size * per_token + inverses
 
 
 def _step(state: Array, token: tuple) -> tuple[Array, Array]:

@@ -26,8 +26,8 @@ FLOPS_RANGE = (0.85, 1.05)
 """Bounds on (declared FLOPs) / (counted FLOPs): declared ones leave out norms, activations and masks."""
 WIDE = 256
 
-MIXER_CHUNKS, MODEL_CHUNKS = (8, 5, 1), (5, 1)
-"""Chunk lengths that are compiled: a whole model costs more per program, and its mixers have been through all three."""
+CHUNKS = (5, 1)
+"""Chunk lengths that are compiled, longest first: several tokens, more than a small `chunk_size` of a mixer, and one."""
 SEGMENT_IDS = np.array([[1] * 6 + [2] * 3 + [1] * 5, [0] * 4 + [7] * 10], np.int32)
 """Row 0: three documents, the third reusing the first's id; row 1: left padding, then a document."""
 ONE_SEGMENT = np.ones((BATCH, LENGTH), np.int32)
@@ -39,7 +39,6 @@ class Subject:
     Args:
       module: a mixer, or a model with one output per token.
       inputs: `[BATCH, LENGTH]` tokens or `[BATCH, LENGTH, width]` floats.
-      chunks: lengths that splits are made of, longest first, 1 among them.
       carries_state, segments, causal: what it promises.
     """
 
@@ -47,13 +46,12 @@ class Subject:
         self,
         module: nn.Module,
         inputs: np.ndarray,
-        chunks: tuple[int, ...],
         *,
         carries_state: bool,
         segments: bool,
         causal: bool,
     ) -> None:
-        self.module, self.inputs, self.chunks = module, inputs, chunks
+        self.module, self.inputs = module, inputs
         self.carries_state, self.segments, self.causal = carries_state and causal, segments, causal
         self.floats = bool(np.issubdtype(inputs.dtype, np.floating))
         self.segment_ids = SEGMENT_IDS if segments else ONE_SEGMENT
@@ -103,10 +101,10 @@ class Subject:
         return self.f64.parallel(self.inputs, self.segment_ids, self.cotangent)
 
     def split(self, seed: int) -> list[int]:
-        """A random split of LENGTH into the chunk lengths; seed 0 takes the longest first."""
+        """A random split of LENGTH into `CHUNKS`; seed 0 takes the longest first."""
         rng, split = np.random.default_rng(seed), []
         while sum(split) < LENGTH:
-            fits = [n for n in self.chunks if n <= LENGTH - sum(split)]
+            fits = [n for n in CHUNKS if n <= LENGTH - sum(split)]
             split.append(fits[0] if seed == 0 else int(rng.choice(fits)))
         return split
 
@@ -129,14 +127,14 @@ def chunks_equal_one_call(subject: Subject, seeds: Sequence[int] = range(4)) -> 
 
 def chunks_equal_one_call_midway(subject: Subject) -> None:
     """From a state in mid-sequence, one call equals several: outputs, state, and gradients, also by that state."""
-    faces, ids, longest = subject.f64, subject.segment_ids, subject.chunks[0]
+    faces, ids, longest = subject.f64, subject.segment_ids, CHUNKS[0]
     warm = faces.chain(subject.inputs[:, :5], faces.init_state(), ids[:, :5], [5]).state
     piece = slice(5, 5 + longest)
     x, cotangent = subject.inputs[:, piece], subject.cotangent[:, piece]
     rng = np.random.default_rng(2)
     pull = [rng.standard_normal(a.shape) for a in jax.tree.leaves(warm) if np.issubdtype(a.dtype, np.inexact)]
     one = faces.chain(x, warm, ids[:, piece], [longest], cotangent, pull)
-    many = faces.chain(x, warm, ids[:, piece], [5] * (longest > 5) + [1] * (longest - 5 * (longest > 5)), cotangent, pull)
+    many = faces.chain(x, warm, ids[:, piece], [1] * longest, cotangent, pull)
     _close(many.outputs, one.outputs, X64_TOLERANCE, "outputs")
     _close(many.state, one.state, X64_TOLERANCE, "final state")
     for name, wanted in one.gradients.items():
@@ -312,7 +310,7 @@ def mixer_subject(mixer: nn.Module) -> Subject:
     """A mixer with random inputs."""
     inputs = np.random.default_rng(0).standard_normal((BATCH, LENGTH, mixer.embed_dim)).astype(np.float32)
     abilities = {"carries_state": mixer.carries_state, "segments": mixer.segments, "causal": mixer.causal}
-    return Subject(mixer, inputs, MIXER_CHUNKS, **abilities)
+    return Subject(mixer, inputs, **abilities)
 
 
 def model_subject(model: nn.Module, *, carries_state: bool = True, segments: bool = True) -> Subject:
@@ -322,7 +320,7 @@ def model_subject(model: nn.Module, *, carries_state: bool = True, segments: boo
         inputs = rng.integers(0, model.vocab_size & ~1, (BATCH, LENGTH)).astype(np.int32)
     else:
         inputs = rng.standard_normal((BATCH, LENGTH, model.input_dim)).astype(np.float32)
-    return Subject(model, inputs, MODEL_CHUNKS, carries_state=carries_state, segments=segments, causal=model.causal)
+    return Subject(model, inputs, carries_state=carries_state, segments=segments, causal=model.causal)
 
 
 def check_mixer(mixer: nn.Module) -> None:

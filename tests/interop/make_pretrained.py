@@ -1,7 +1,7 @@
 """Makes the small random models in `tests/interop/pretrained`, with the logits that transformers computes.
 
 python tests/interop/make_pretrained.py           # needs torch, transformers and safetensors; see pretrained/README.md
-python tests/interop/make_pretrained.py mamba     # one of them
+python tests/interop/make_pretrained.py mamba     # one of them, or torch_file
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -59,8 +59,23 @@ def main() -> None:
         "recurrent_gemma": lambda: RecurrentGemmaForCausalLM(griffin),
         "rwkv": lambda: RwkvForCausalLM(rwkv),
     }
-    for name in sys.argv[1:] or made:
-        write(name, made[name](), length=64 if "mamba" in name else 20)
+    for name in sys.argv[1:] or [*made, "torch_file"]:
+        if name == "torch_file":
+            write_torch_file()
+        else:
+            write(name, made[name](), length=64 if "mamba" in name else 20)
+
+
+def write_torch_file() -> None:
+    """A state dict of numbers that count up, in PyTorch's own form: every dtype, views, and one tensor under two names."""
+    numbers = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    tensors = {"whole": numbers, "again": numbers, "turned": numbers.T, "part": numbers[1:, 2:4], "one": numbers[2, 3]}
+    tensors |= {str(kind).removeprefix("torch."): numbers.to(kind) for kind in (torch.bfloat16, torch.float16, torch.float64)}
+    tensors["int64"] = torch.arange(5)
+    tensors["parameter"] = torch.nn.Parameter(torch.ones(2, 3)).data
+    torch.save(tensors, HERE / "torch_file.bin")
+    # The authors' repositories of Mamba hold nothing but such a file.
+    torch.save(load_file(HERE / "mamba" / "model.safetensors"), HERE / "mamba" / "pytorch_model.bin")
 
 
 def write(name: str, model: PreTrainedModel, length: int) -> None:

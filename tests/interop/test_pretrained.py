@@ -370,3 +370,11 @@ def test_configs_that_mamba_cannot_follow(entries, message, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
         seqjax.load_pretrained(tmp_path)
+
+
+def test_the_authors_file_of_weights(tmp_path):
+    """Their repositories hold no safetensors, but what `torch.save` wrote."""
+    theirs = shutil.copytree(GOLDEN / "mamba", tmp_path / "mamba")
+    (theirs / "model.safetensors").unlink()
+    _, variables = seqjax.load_pretrained(theirs)
+    assert_same_variables(variables, seqjax.load_pretrained(GOLDEN / "mamba")[1])

@@ -115,7 +115,9 @@ class SequentialImages(Task):
         side = image_set.shape[0]
         if self.patch_size < 1 or side % self.patch_size:
             allowed = ", ".join(str(n) for n in range(1, side + 1) if side % n == 0)
-            raise ConfigError(f"data.patch_size={self.patch_size} does not divide the {side} pixels of a side; allowed: {allowed}.")
+            raise ConfigError(
+                f"data.patch_size={self.patch_size} does not divide the {side} pixels of a side; allowed: {allowed}."
+            )
         if self.patch_size > 1 and (self.permuted or self.objective == "density"):
             raise ConfigError(
                 f"data.patch_size={self.patch_size} is for data.objective='classify' and pixels in their order; allowed: 1."

@@ -44,7 +44,9 @@ class TorchFile:
             with self._archive.open(index) as file:
                 found = _Unpickler(file).load()
         except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"{path} is damaged or older than PyTorch 1.6, it reads as no file of weights: {error}.") from error
+            raise ConfigError(
+                f"{path} is damaged or older than PyTorch 1.6, it reads as no file of weights: {error}."
+            ) from error
         except pickle.UnpicklingError as error:
             raise ConfigError(f"{path}: {error}; allowed: a state dict of plain tensors.") from error
         self._tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, _Tensor)}

@@ -50,7 +50,7 @@ class Combiner(Mixer):
             raise ConfigError(f"model.span_length={self.span_length} is not positive; allowed: 1 and above.")
         if self.position in ("rope", "alibi"):
             raise ConfigError(
-                f"model.position={self.position!r} acts inside attention, and a Combiner's spans have no position of their own; "
+                f"model.position={self.position!r} acts on pairs of tokens, and a Combiner's spans have no position; "
                 "allowed: sinusoidal, learned, none."
             )
 

@@ -52,7 +52,7 @@ def _mix(
     call = _Call(spec, mask, bias, *_blocks(length, num_keys), repeats=q.shape[2])
     at_once = call.queries.count == call.keys.count == 1 and bias is None
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    lowest = jnp.finfo(wide).min  # not -inf: the difference of two of them is a number
+    lowest = float(jnp.finfo(wide).min)  # not -inf: the difference of two of them is a number
 
     def take_keys(a: Array, tile: _Tile) -> Array:
         block = _take(a, tile.key, call.keys, axis=1 if in_place else 2)
@@ -171,9 +171,11 @@ def _parts(spec: AttentionSpec, mask: AttentionMask, length: int, num_keys: int)
     if not mask.known_positions or queries.count == 1 or not 0 < num_keys <= AT_ONCE or length > AT_ONCE:
         return []
     some, _ = static_blocks(spec, mask, queries, keys)
-    ends = [min(num_keys, keys.size * (1 + int(np.flatnonzero(live)[-1]))) if live.any() else 0 for live in some]
+    if not some[:, 0].all():
+        return []
+    ends = [min(num_keys, keys.size * (1 + int(np.flatnonzero(live)[-1]))) for live in some]
     starts = range(0, length, queries.size)
-    return [(slice(i, min(i + queries.size, length)), slice(0, end)) for i, end in zip(starts, ends)] if some[:, 0].all() else []
+    return [(slice(i, min(i + queries.size, length)), slice(0, end)) for i, end in zip(starts, ends)]
 
 
 def _part(

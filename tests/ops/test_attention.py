@@ -155,7 +155,7 @@ def check_call(call, implementation):
         np.testing.assert_allclose(gradients[name], value, atol=2e-5, err_msg=name)
 
 
-BLOCK_SIZES = [(2, 3), (128, 3), (128, 128)]
+BLOCK_SIZES = [(2, 3), (128, 3), (2, 128), (128, 128)]
 
 
 @settings(max_examples=25, deadline=None)

@@ -339,9 +339,9 @@ def test_the_authors_parameter_count():
 LONG = {"vocab_size": 256, "embed_dim": 256, "num_heads": 2, "num_layers": 6, "dtype": "bfloat16", "remat": "full"}
 
 
-def long_step():
-    """A training step on one sequence of 131,072 tokens with 1,024 latents, and the shapes that it takes."""
-    model = seqjax.build({"name": "perceiver_ar", "num_latents": 1024, **LONG})
+def long_step(model=None):
+    """A training step on one sequence of 131,072 tokens, by default of Perceiver AR with 1,024 latents, and its shapes."""
+    model = model or seqjax.build({"name": "perceiver_ar", "num_latents": 1024, **LONG})
     batch = {key: jax.ShapeDtypeStruct((1, 131072), jnp.int32) for key in ("inputs", "targets")}
     optimizer = optax.adam(1e-3)
     state = jax.eval_shape(lambda: step.init_state(model, optimizer, 0, batch, False))
@@ -359,6 +359,9 @@ def test_a_long_training_step_takes_a_tenth_of_a_transformers_flops():
 def test_a_long_training_step_fits_a_tpu():
     memory = tpu.compile_for("v5e", *long_step()).memory_analysis()
     assert memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes < 16e9
+    transformer = seqjax.build({"name": "transformer", **LONG})
+    beside = tpu.compile_for("v5e", *long_step(model=transformer)).memory_analysis()
+    assert 4 * memory.temp_size_in_bytes <= beside.temp_size_in_bytes
 
 
 @pytest.mark.parametrize(("head", "shape"), [("classifier", (2, 3)), ("matching", (1, 3)), ("forecast", (2, 4, 1))])

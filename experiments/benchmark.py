@@ -12,6 +12,7 @@ python experiments/benchmark.py selective_scan --shapes 8x4096x2048x16 --dtype b
 python experiments/benchmark.py decode --out=docs/results/decode.json
 python experiments/benchmark.py linear_attention --out=docs/results/linear_attention.json
 python experiments/benchmark.py newton --lengths 256 4096
+python experiments/benchmark.py newton_tpu --out=docs/results/newton_tpu.json  # compiles with libtpu; needs no TPU
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from collections.abc import Callable
 from benchmarks.attention import attention
 from benchmarks.generation import generate, generate_images, generate_runs
 from benchmarks.linear_attention import linear_attention
-from benchmarks.newton_scan import newton
+from benchmarks.newton_scan import newton, newton_tpu
 from benchmarks.scan import scan
 from benchmarks.selective_scan import selective_scan
 from benchmarks.state_space import decode, state_space
@@ -67,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     selective.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the scans' inputs")
     matrix = command(linear_attention, 5, batch=1, length=2048, heads=4, key=64, value=64)
     matrix.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 17)], help="for the memory")
-    solved = command(newton, 5, batch=4, width=256)
-    solved.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    for solved in (command(newton, 5, batch=4, width=256), command(newton_tpu, 1, batch=4, width=256)):
+        solved.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
     faces = command(state_space, 3, width=256, state=64, tokens=64)
     faces.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     faces.add_argument("--lengths", type=int, nargs="+", default=[4**n for n in range(2, 8)])

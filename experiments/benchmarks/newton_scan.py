@@ -1,4 +1,4 @@
-"""Nonlinear recurrences: Newton's method over all steps against a loop, and what each costs a TPU."""
+"""Nonlinear recurrences: Newton's method over all steps against a loop, and what a TPU's compiler counts of each."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _compare(name: str, batch: int, length: int, width: int, rounds: int) -> tup
             float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours[1:], loop[1:])
         ),
     }
-    return rows, figures | {"on a TPU": _tpu_costs(name, batch, length, width)}
+    return rows, figures
 
 
 def _arguments(name: str, batch: int, length: int, width: int) -> tuple[Any, Any, jax.Array]:
@@ -87,20 +87,18 @@ def _ways(name: str) -> dict[str, Callable]:
     return ways | {"lax.scan": loop}
 
 
-def _tpu_costs(name: str, batch: int, length: int, width: int) -> dict[str, Any] | str:
-    """Operations and bytes that the compiler counts for one v5e: of one Newton step, for loops are counted once; and of one
-    step of the loop, whose latency is paid `length` times."""
+def newton_tpu(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
+    """What a v5e's compiler counts of one Newton step over the whole sequence, and of one step of the loop (needs libtpu)."""
     if (missing := libtpu_missing()) is not None:
-        return missing
-    shapes = jax.eval_shape(lambda: _arguments(name, batch, length, width))
-    costs = {}
-    for way in ("newton", "lax.scan"):
-        compiled = compile_for("v5e", _ways(name)[way], *shapes)
-        found, memory = compiled.cost_analysis(), compiled.memory_analysis()
-        costs[way] = {
-            "flops": found.get("flops"),
-            "bytes_accessed": found.get("bytes accessed"),
-            "estimated_cycles": found.get("optimal_seconds"),
-            "temporaries_bytes": memory.temp_size_in_bytes,
-        }
-    return costs
+        raise SystemExit(missing)
+    rows = []
+    for cell in CELLS:
+        for length in args.lengths:
+            shapes = jax.eval_shape(lambda cell=cell, length=length: _arguments(cell, args.batch, length, args.width))
+            for way, counted in (("newton", "one Newton step"), ("lax.scan", "one token's step, and transposes")):
+                compiled = compile_for("v5e", _ways(cell)[way], *shapes)
+                costs, memory = compiled.cost_analysis(), compiled.memory_analysis()  # a loop's body counts once
+                figures = {"flops": costs["flops"], "bytes_accessed": costs["bytes accessed"]}
+                figures |= {"s_at_819_GB_per_s": costs["bytes accessed"] / 819e9, "temporaries": memory.temp_size_in_bytes}
+                rows.append({"cell": cell, "length": length, "function": way, "counted": counted} | figures)
+    return rows, {}

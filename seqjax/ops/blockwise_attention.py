@@ -116,8 +116,9 @@ def backward(
             d_bias = d_bias + _sum_like_bias(d_logits, bias.shape, call).astype(d_bias.dtype)
         d_scores = (d_logits if slope is None else d_logits * slope).astype(q.dtype)
         dq = dq + _matmul("bgqs,bgsk->bgqk", d_scores, keys)
-        dk = dk + _matmul("bgqs,bgqk->bgsk", d_scores, rows)
-        return dq, dk, dv + _matmul("bgqs,bgqw->bgsw", weights.astype(v.dtype), d_rows), d_bias
+        dk = (dk + _matmul("bgqs,bgqk->bgsk", d_scores, rows)).astype(dk.dtype)
+        dv = (dv + _matmul("bgqs,bgqw->bgsw", weights.astype(v.dtype), d_rows)).astype(dv.dtype)
+        return dq, dk, dv, d_bias
 
     def step(tile: _Tile, masked: bool, gradients: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
         dq, dk, dv, d_bias = gradients
@@ -127,7 +128,13 @@ def backward(
         dk, dv = (_put(a, block, tile.key, call.keys, axis=2) for a, block in zip((dk, dv), after[1:3]))
         return _put_rows(dq, after[0], tile, call), dk, dv, _put_bias(d_bias, after[3], tile, call)
 
-    start = (*(jnp.zeros_like(a, wide) for a in (q, k, v)), None if bias is None else jnp.zeros_like(bias))
+    # Sums over blocks of queries are wide; with one block there is nothing to sum.
+    sums = wide if call.queries.count > 1 else None
+    start = (
+        jnp.zeros_like(q, wide),
+        *(jnp.zeros_like(a, sums) for a in (k, v)),
+        None if bias is None else jnp.zeros_like(bias),
+    )
     dq, dk, dv, d_bias = _walk(call, step, start)
     dq, dk, dv = _by_token(spec.scale * dq), spec.scale * dk.transpose(0, 2, 1, 3), dv.transpose(0, 2, 1, 3)
     return (*(a.astype(dtype) for a, dtype in zip((dq, dk, dv), dtypes)), d_bias)

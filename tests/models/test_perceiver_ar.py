@@ -336,7 +336,7 @@ def test_the_authors_parameter_count():
     assert model.costs(32).parameters + 33 * 1024 + 259 == 26_810_627
 
 
-LONG = {"vocab_size": 256, "embed_dim": 256, "num_heads": 2, "num_layers": 6, "dtype": "bfloat16", "remat": "full"}
+LONG = {"vocab_size": 256, "embed_dim": 256, "num_heads": 2, "num_layers": 36, "dtype": "bfloat16", "remat": "full"}
 
 
 def long_step(model=None):

@@ -10,7 +10,7 @@ from seqjax import ConfigError, experiment_config
 from seqjax.config import choose
 
 MODELS = {
-    "vir": {"name": "retnet", "rope_theta": None, "output_gate": None, "head_norm": "layer", "pattern": ("retention", "mlp")},
+    "vir": {"name": "retnet", "rope_theta": None, "output_gate": None, "head_norm": "layer", "pattern": ("retnet", "mlp")},
     "lightnet": {"name": "lightnet"},
     "mamba": {"name": "mamba", "state_dim": 8},
     "hydra": {"name": "hydra", "state_dim": 16, "head_dim": 16, "causal": False, "pool": "mean"},

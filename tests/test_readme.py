@@ -94,14 +94,16 @@ def test_every_config_is_in_the_readme_and_builds():
         assert outputs.shape == wanted
 
 
-@pytest.mark.parametrize("config", ["python_bytes", "megabyte_python", "etth1_variates"])
+@pytest.mark.parametrize("config", ["python_bytes", "megabyte_python", "etth1_variates", "vision"])
 def test_every_model_that_a_config_names_builds(config):
     scope: dict = {}
     exec((ROOT / f"configs/{config}.py").read_text(), scope)
     series = {"input_dim": 7, "output_dim": 7, "horizon": 96}
-    sizes = series if config == "etth1_variates" else {"vocab_size": 257}
+    images = {"input_dim": 16, "head": "classifier", "num_classes": 10}
+    sizes = {"etth1_variates": series, "vision": images}.get(config, {"vocab_size": 257})
     for name in scope["MODELS"]:
-        seqjax.build({**scope["get_config"](name).model.to_dict(), **sizes})
+        which = f"{name},mnist" if config == "vision" else name
+        seqjax.build({**scope["get_config"](which).model.to_dict(), **sizes})
 
 
 @pytest.mark.parametrize("data", ["smnist", "pmnist", "scifar"])

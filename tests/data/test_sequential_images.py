@@ -33,6 +33,16 @@ def test_mnist_pixels_are_normalised(make_task, mnist_dir):
     assert test["targets"].tolist() == arrays["y_test"].tolist()
 
 
+def test_patches_are_squares_in_raster_order(make_task):
+    task = make_task("cifar10", patch_size=4)
+    assert (task.length, task.input_dim) == (64, 48)
+    patches, pixels = whole(task, "test")["inputs"], whole(make_task("cifar10"), "test")["inputs"].reshape(-1, 32, 32, 3)
+    for at in (0, 9, 63):
+        row, column = 4 * (at // 8), 4 * (at % 8)
+        square = pixels[:, row : row + 4, column : column + 4]
+        np.testing.assert_array_equal(patches[:, at], square.reshape(len(square), 48))
+
+
 def test_train_and_validation_divide_the_shuffled_training_images(make_task, mnist_dir):
     task = make_task(objective="density")
     train, validation = (whole(task, split)["targets"] for split in ("train", "validation"))
@@ -140,6 +150,8 @@ def test_failed_download_says_what_to_do(monkeypatch, tmp_path):
         ({"dataset": "mnits"}, r"data\.dataset='mnits' is unknown; did you mean 'mnist'"),
         ({"objective": "classification"}, r"data\.objective='classification' is unknown"),
         ({"grayscale": True}, r"data\.grayscale=True has no meaning"),
+        ({"patch_size": 3}, r"data\.patch_size=3 does not divide the 28 pixels of a side; allowed: 1, 2, 4, 7, 14, 28"),
+        ({"patch_size": 4, "objective": "density"}, r"data\.patch_size=4 is for data\.objective='classify'"),
         ({"manual_dir": "/nonexistent"}, r"data\.manual_dir='/nonexistent' must hold the file mnist\.npz"),
     ],
 )

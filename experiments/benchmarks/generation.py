@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -51,27 +52,30 @@ def generate_runs(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
 
 
 def generate_images(args: argparse.Namespace) -> tuple[Rows, dict[str, Any]]:
-    """Images pixel by pixel: the Linear Transformer from its state, the Transformer with a key-value cache and without."""
-    sizes = {
-        "vocab_size": GREYS,
-        "embed_dim": args.width,
-        "num_layers": args.layers,
-        "num_heads": args.heads,
-        "position": "none",
-    }
-    functions, held = {}, {}
-    for name, way in (("transformer", "Transformer, key-value cache"), ("linear_transformer", "Linear Transformer")):
-        model = seqjax.build({"name": name, **sizes})
+    """Images pixel by pixel: Linear and Axial Transformer from their states, a Transformer with keys kept and without."""
+    sizes = {"vocab_size": GREYS, "embed_dim": args.width, "num_heads": args.heads}
+    stack = {"num_layers": args.layers, "position": "none"}
+    side = math.isqrt(args.pixels)
+    blocks = {"shape": (side, side), "outer_layers": args.layers // 4, "inner_layers": args.layers // 2}  # as many in all
+    functions, held, parameters = {}, {}, {}
+    for name, way, options in (
+        ("transformer", "Transformer, key-value cache", stack),
+        ("linear_transformer", "Linear Transformer", stack),
+        ("axial_transformer", "Axial Transformer", blocks),
+    ):
+        model = seqjax.build({"name": name, **sizes, **options})
         first = jnp.zeros((args.batch, 1), jnp.int32)
         variables = jax.jit(model.init)(jax.random.key(0), first)
         if name == "transformer":
             stops = [*range(args.bucket, args.pixels, args.bucket), args.pixels]
             functions["Transformer, recomputed"] = functools.partial(_recompute, model, variables, first, stops)
         functions[way] = functools.partial(seqjax.generate, model, variables, first, args.pixels - 1)
-        held[way] = model.costs(args.pixels).state_bytes
+        costs = model.costs(args.pixels)
+        held[way], parameters[way] = costs.state_bytes, costs.parameters
     timings = time_side_by_side(functions, args.rounds)
     rows = compared(timings, "Transformer, recomputed", args.batch)
-    return rows, {"seconds_per_image": {name: t.median / args.batch for name, t in timings.items()}, "state_bytes": held}
+    seconds = {name: t.median / args.batch for name, t in timings.items()}
+    return rows, {"seconds_per_image": seconds, "state_bytes": held, "parameters": parameters}
 
 
 GREYS = 256

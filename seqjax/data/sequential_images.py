@@ -138,6 +138,11 @@ class SequentialImages(Task):
         return 1 if self.grayscale else self._set.shape[-1]
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return (*self._set.shape[:2], self._channels)
+
+    @property
     def head(self) -> str:
         return "classifier" if self.objective == "classify" else "language_model"
 

@@ -61,7 +61,7 @@ def make_trainer(model: str, task: str, args: argparse.Namespace) -> Any:
             params, moments = carry
             count, key = inputs
             updates, moments = optimizer.update(jax.grad(loss)(params, key), moments)
-            size = rate * schedule(count) / recipe.learning_rate
+            size = rate * schedule(count)
             return (jax.tree.map(lambda p, u: p - size * u, params, updates), moments), None
 
         steps = (jnp.arange(args.steps), jax.random.split(key, args.steps))

@@ -17,7 +17,7 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "cumsum",
 FREE = {
     "broadcast_in_dim", "reshape", "transpose", "convert_element_type", "slice", "dynamic_slice", "squeeze", "iota",
     "dynamic_update_slice", "concatenate", "pad", "gather", "copy", "copy_p", "stop_gradient", "rev", "bitcast_convert_type",
-    "select_n", "split", "device_put", "sharding_constraint", "real", "imag", "complex", "expand_dims",
+    "select_n", "split", "stack", "unstack", "device_put", "sharding_constraint", "real", "imag", "complex", "expand_dims",
 }  # fmt: skip
 """Primitives that move or choose numbers and compute none."""
 

@@ -68,4 +68,4 @@ def unit_lower_inverse_flops(size: int) -> int:
     if size <= SMALL:
         return (size - 1).bit_length() * (4 * size**3 + size**2)
     half = size // 2
-    return 2 * unit_lower_inverse_flops(half) + 4 * half**3 + 3 * half**2
+    return 2 * unit_lower_inverse_flops(half) + 4 * half**3 + half**2

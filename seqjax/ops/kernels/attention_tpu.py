@@ -302,7 +302,7 @@ def _tokens(plan: _Plan, width: int, *, of_queries: bool) -> pl.BlockSpec:
         q_block, k_block, kind = _tile(plan, tiles, b, t)
         if of_queries:
             return b, _q_head(plan, g, r, kind), q_block, 0
-        return b, g * plan.heads // plan.repeats, k_block, 0
+        return b, jax.lax.div(g * plan.heads, plan.repeats), k_block, 0
 
     return pl.BlockSpec((None, None, (plan.queries if of_queries else plan.keys).size, width), index)
 

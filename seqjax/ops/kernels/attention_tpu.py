@@ -33,6 +33,8 @@ from seqjax.ops.blockwise_attention import row_terms
 LANES = 128
 BLOCK = 1024
 """Most tokens of a block; a multiple of 128."""
+CHUNK = 512
+"""Most keys of a tile taken at once; divides a full block."""
 VMEM_BYTES = 40 * 2**20
 """Room for blocks and a tile's logits, beside `QUERY_BYTES`."""
 QUERY_BYTES = 20 * 2**20
@@ -89,7 +91,7 @@ def backward(
       Gradients of q, k and v in their dtypes, and None.
     """
     q, k, v, _ = operands
-    terms = (cotangents[0], *row_terms(outputs, cotangents, jnp.float32))
+    terms = (cotangents[0], *row_terms(outputs, cotangents, jnp.dtype(jnp.float32)))
     most = QUERY_BYTES // (4 * _padded(q.shape[-1])) // BLOCK * BLOCK
     starts = range(0, q.shape[1], most)
     cut = lambda a, start: a[:, start : start + most]
@@ -202,8 +204,9 @@ class _Output(NamedTuple):
 
 
 def _blocks(length: int) -> Blocks:
-    """Blocks of equal size, as few as there can be."""
-    return Blocks(length, _padded(pl.cdiv(length, pl.cdiv(length, BLOCK))))
+    """Blocks of equal size, as few as there can be, and made of few chunks."""
+    size = pl.cdiv(length, pl.cdiv(length, BLOCK))
+    return Blocks(length, _padded(size) if size <= CHUNK else pl.cdiv(size, CHUNK // 2) * CHUNK // 2)
 
 
 def _padded(lanes: int) -> int:
@@ -399,13 +402,13 @@ def _forward_kernel(plan: _Plan, kinds: set[int], tiles: _Tiles, x: _Inputs, to:
         s.total[...] = jnp.zeros_like(s.total)
         s.mixed[...] = jnp.zeros_like(s.mixed)
 
-    def fold(logits: Array, _: Array | None) -> None:
+    def fold(keys: Any, logits: Array, _: Array | None) -> None:
         top = s.top[...]
         peak = jnp.maximum(top, jnp.max(logits, axis=0, keepdims=True))
         weights, kept = jnp.exp2(logits - peak), jnp.exp2(top - peak)
         s.top[...] = peak
         s.total[...] = kept * s.total[...] + jnp.sum(weights, axis=0, keepdims=True)
-        s.mixed[...] = kept * s.mixed[...] + _dot(x.v[...], weights.astype(x.v.dtype), 0, 0)
+        s.mixed[...] = kept * s.mixed[...] + _dot(x.v[keys, :], weights.astype(x.v.dtype), 0, 0)
 
     _each_tile(plan, kinds, tiles, x, fold)
 
@@ -435,14 +438,14 @@ def _backward_kernel(
         s.k[...] = jnp.zeros_like(s.k)
         s.v[...] = jnp.zeros_like(s.v)
 
-    def fold(logits: Array, slope: Array | None) -> None:
+    def fold(keys: Any, logits: Array, slope: Array | None) -> None:
         d_out = rows.d_out[...]
         weights = jnp.exp2(logits - rows.log_sum[...])
-        s.v[...] += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
-        d_logits = weights * (_dot(x.v[...], d_out, 1, 1) - rows.inner[...])
+        s.v[keys, :] += _dot(weights.astype(d_out.dtype), d_out, 1, 0)
+        d_logits = weights * (_dot(x.v[keys, :], d_out, 1, 1) - rows.inner[...])
         d_scores = (d_logits if slope is None else d_logits * slope).astype(x.q.dtype)
-        s.k[...] += _dot(d_scores, x.q[...], 1, 0)
-        s.q[r, pl.ds(pl.multiple_of(q_block * size, LANES), size), :] += _dot(d_scores.T, x.k[...], 1, 0)
+        s.k[keys, :] += _dot(d_scores, x.q[...], 1, 0)
+        s.q[r, pl.ds(pl.multiple_of(q_block * size, LANES), size), :] += _dot(d_scores.T, x.k[keys, :], 1, 0)
 
     _each_tile(plan, kinds, tiles, x, fold)
 
@@ -467,55 +470,47 @@ def _edges(tiles: _Tiles) -> tuple[Array, Array]:
 
 
 def _each_tile(plan: _Plan, kinds: set[int], tiles: _Tiles, x: _Inputs, fold: Callable) -> None:
-    """Call `fold(logits, slope)` on this step's tile, unless it is dead: logits `[keys, queries]` to base 2, and their
-    derivative by the scaled products, None for 1."""
+    """Call `fold(keys, logits, slope)` on ranges of keys of this step's tile, unless it is dead: logits `[keys, queries]` to
+    base 2, and their derivative by the scaled products, None for 1."""
     b, g, t, r = (pl.program_id(axis) for axis in range(4))
     q_block, k_block, found = _tile(plan, tiles, b, t)
-    offset = tiles.offset[_of_row(tiles.offset, b)]
+    q_first = tiles.offset[_of_row(tiles.offset, b)] + q_block * plan.queries.size
     alibi = None if tiles.slopes is None else tiles.slopes[g * plan.heads + r]
+    size = math.gcd(plan.keys.size, CHUNK)
 
-    def run(masked: bool) -> None:
+    def run(masked: bool, i: Any) -> None:
+        first = pl.multiple_of(i * size, LANES)
+        keys = pl.ds(first, size)
         spec, slope = plan.spec, None
-        logits = _dot(x.k[...], x.q[...], 1, 1)
+        logits = _dot(x.k[keys, :], x.q[...], 1, 1)
         if spec.softcap is None:
             logits = (spec.scale * LOG2_E) * logits
         else:
             squashed = jnp.tanh((spec.scale / spec.softcap) * logits)
             logits, slope = (spec.softcap * LOG2_E) * squashed, 1 - squashed * squashed
-        distance = _distance(plan, offset, q_block, k_block, x) if masked or alibi is not None else None
+        k_at = _along(0, logits.shape, k_block * plan.keys.size + first)
+        distance = _along(1, logits.shape, q_first) - (k_at if x.k_at is None else x.k_at[:, keys].T)
         if alibi is not None:
             logits = logits - alibi * jnp.abs(distance).astype(jnp.float32)
         if masked:
-            logits = jnp.where(_seen(plan, distance, k_block, x), logits, -jnp.inf)
-        fold(logits, slope)
+            seen, _ = spec.reach(distance, distance)
+            if x.k_ids is not None:
+                seen = seen & (x.q_ids[...] == x.k_ids[:, keys].T)
+            elif plan.keys.length % plan.keys.size:
+                seen = seen & (k_at < plan.keys.length)
+            logits = jnp.where(seen, logits, -jnp.inf)
+        fold(keys, logits, slope)
 
     for kind in sorted(kinds):
-        pl.when(found == kind)(functools.partial(run, kind == MASKED))
+
+        @pl.when(found == kind)
+        def _(masked=kind == MASKED):
+            pl.loop(0, plan.keys.size // size)(functools.partial(run, masked))
 
 
-def _distance(plan: _Plan, offset: Any, q_block: Any, k_block: Any, x: _Inputs) -> Array:
-    """Position of each query less that of each key, `[keys, queries]`."""
-    shape = plan.keys.size, plan.queries.size
-    q_at = offset + q_block * plan.queries.size + jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-    if x.k_at is not None:
-        return q_at - _column(x.k_at)
-    return q_at - (k_block * plan.keys.size + jax.lax.broadcasted_iota(jnp.int32, shape, 0))
-
-
-def _seen(plan: _Plan, distance: Array, k_block: Any, x: _Inputs) -> Array:
-    """Which pairs of a tile attend."""
-    seen, _ = plan.spec.reach(distance, distance)
-    if x.k_ids is not None:
-        seen = seen & (x.q_ids[...] == _column(x.k_ids))
-    elif plan.keys.length % plan.keys.size:
-        left = plan.keys.length - k_block * plan.keys.size
-        seen = seen & (jax.lax.broadcasted_iota(jnp.int32, distance.shape, 0) < left)
-    return seen
-
-
-def _column(row: Any) -> Array:
-    """A row along sublanes, `[n, 1]`."""
-    return row[...].T
+def _along(axis: int, shape: tuple[int, int], first: Any) -> Array:
+    """Numbers from `first` on, along an axis."""
+    return first + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 
 def _dot(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:

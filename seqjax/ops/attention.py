@@ -7,9 +7,10 @@ al. 2023; G = 1 is multi-query), query head h reads key head `h // (H / G)`.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax.ops import blockwise_attention
 from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, distances, visible
-from seqjax.ops.dispatch import dispatch
+from seqjax.ops.dispatch import dispatch, undivided_mesh
 from seqjax.ops.softmax import SoftmaxSums, merge_sums
 
 
@@ -57,8 +58,8 @@ def flash_attention(
       sinks: per head, the logit of a key without value: it joins the sum of each softmax, no mask hides it (gpt-oss, 2025).
       scale: default `1 / sqrt(K)`.
       return_lse: also give the log of each softmax's sum, of the sink too, in at least float32, for `merge_attention`.
-      implementation: "xla" (memory linear in length), "reference" (plain, materialises all pairs), or None for the
-        platform's fastest.
+      implementation: "xla" (memory linear in length), "pallas_tpu" (from 16 queries on, without bias), "reference" (plain,
+        materialises all pairs), or None for the platform's fastest that serves the call.
     Returns:
       In the dtype of `v`; a query that may see no key gets zeros, and without a sink its log-sum-exp is -inf.
     Raises:
@@ -75,7 +76,9 @@ def flash_attention(
     spec = AttentionSpec(causal, window, static_offset, scale, softcap)
     offsets = None if static_offset is not None else jnp.atleast_1d(q_offset)
     mask = AttentionMask(offsets, kv_positions, segment_ids, alibi_slopes)
-    available = {"xla": functools.partial(_attend, XLA, spec), "reference": functools.partial(_reference, spec)}
+    served = {name: kernel for name, kernel in KERNELS.items() if _serves(name, mask, q, k, v, bias)}
+    available = {name: functools.partial(_attend, kernel, spec) for name, kernel in served.items()}
+    available["reference"] = functools.partial(_reference, spec)
     out, lse = dispatch(implementation, available, mask, q, k, v, bias)
     if sinks is not None:
         nothing = jnp.zeros((1, 1, 1, 1), out.dtype)
@@ -165,7 +168,32 @@ class Kernel(NamedTuple):
     backward: Callable
 
 
-XLA = Kernel(blockwise_attention.forward, blockwise_attention.backward)
+def _kernel(platform: str) -> Kernel:
+    """The kernels of a platform. Their module is not imported before it is needed: it loads the platform's compiler."""
+
+    def run(name: str, *arguments: Any) -> tuple:
+        return getattr(importlib.import_module(f"seqjax.ops.kernels.attention_{platform}"), name)(*arguments)
+
+    return Kernel(functools.partial(run, "forward"), functools.partial(run, "backward"))
+
+
+KERNELS = {"xla": Kernel(blockwise_attention.forward, blockwise_attention.backward), "pallas_tpu": _kernel("tpu")}
+
+FEWEST_QUERIES = 16
+"""Fewer are a step of decoding: kernels would rearrange the whole cache, which XLA reads where it lies."""
+WIDEST_HEAD = 256
+MOST_PAIRS = 2**34
+"""Tables of more pairs of blocks than in 131,072 x 131,072 tokens do not fit into a TPU's scalar memory."""
+
+
+def _serves(implementation: str, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
+    """Whether an implementation computes this call, on the current mesh."""
+    if implementation == "xla":
+        return True
+    narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)
+    fits = max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD and q.shape[1] * k.shape[1] <= MOST_PAIRS
+    some = q.shape[0] > 0 and q.shape[1] >= FEWEST_QUERIES and k.shape[1] > 0
+    return bias is None and narrow and fits and some and undivided_mesh()
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

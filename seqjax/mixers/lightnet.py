@@ -8,15 +8,15 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from seqjax.config import ConfigError
 from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.norms import GatedRMSNorm
 from seqjax.layers.positions import check_shape, lrpe, lrpe_frequencies, raster_coordinates
 from seqjax.mixers.base import Costs, Mixer, check_heads
-from seqjax.ops.linear_attention import linear_attention, linear_attention_flops
-from seqjax.ops.log_space import running_log_sum
+from seqjax.ops.linear_attention import bidirectional_linear_attention, linear_attention, linear_attention_flops
+from seqjax.ops.log_space import running_log_sum, segment_log_sum
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.registry import register_mixer
 
@@ -92,20 +92,26 @@ class LightNet(Mixer):
         starts = None if segment_ids is None else found.starts
         q, k, v = (self._dense(name, (self.num_heads, self.head_dim))(x) for name in ("query", "key", "value"))
         q, k = jax.nn.silu(q), k.astype(self.wide)
+        chunks = {"starts": starts, "chunk_size": self.chunk_size, "implementation": self.implementation}
         if self.causal:
             heads, log_sum = self._empty(x.shape[0]) if state is None else (state.heads, state.log_sum)
             keys, log_decay, log_sum = self._weights(k, log_sum, starts)
             log_decay = log_decay if self.shape is None else jnp.tile(log_decay, 2)
-            y, heads = self._attend(self._place(q, found), self._place(keys, found), v, log_decay, heads, starts=starts)
+            y, heads = linear_attention(self._place(q, found), self._place(keys, found), v, log_decay, heads, **chunks)
         else:
-            keys = jnp.exp(k - self._log_totals(k, starts))
-            y = self._mix_whole(self._place(q, found), self._place(keys, found), v, starts)
+            totals = segment_log_sum(k, starts=starts)
+            keys = jnp.exp(k - (jnp.logaddexp(totals, 0.0) if self.initial_unit else totals))
+            y = bidirectional_linear_attention(self._place(q, found), self._place(keys, found), v, **chunks)
+        if state is not None:
+            state = LightNetState(heads=heads, log_sum=log_sum, segment=after)
+        return self._map_out(y.reshape(x.shape), x), state
+
+    def _map_out(self, y: Float[Array, "B L D"], x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
+        """Norm, gate and map of the heads' outputs."""
         gate = self._dense("gate_out", self.embed_dim, ("mlp", "embed"))(self._dense("gate_in", self.gate_rank)(x))
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        norm = GatedRMSNorm(norm_before_gate=True, epsilon=self.norm_epsilon, name="norm", **types)
-        y = norm(y.reshape(x.shape), gate)
-        out = self._dense("out", self.embed_dim, ("heads", "embed"), kernel_init=scaled_init(self.residual_init))(y)
-        return out, None if state is None else LightNetState(heads=heads, log_sum=log_sum, segment=after)
+        y = GatedRMSNorm(norm_before_gate=True, epsilon=self.norm_epsilon, name="norm", **types)(y, gate)
+        return self._dense("out", self.embed_dim, ("heads", "embed"), kernel_init=scaled_init(self.residual_init))(y)
 
     def _place(self, a: Float[Array, "B L H K"], found: Segments) -> Float[Array, "B L H C"]:
         """Give queries or keys a position."""
@@ -113,33 +119,6 @@ class LightNet(Mixer):
             frequencies = lrpe_frequencies(self.num_heads, self.head_dim, len(self.shape), self.lrpe_theta)
             a = lrpe(a, raster_coordinates(found.positions, self.shape), frequencies)
         return a.astype(self.dtype)
-
-    def _attend(self, *operands: Array | None, **options: Any) -> tuple[Array, Array]:
-        return linear_attention(*operands, chunk_size=self.chunk_size, implementation=self.implementation, **options)
-
-    def _log_totals(self, k: Float[Array, "B L H K"], starts: Array | None) -> Float[Array, "B #L H K"]:
-        """Logarithms of the sums of `exp(k)` over each token's segment."""
-        if starts is None:
-            totals = jax.nn.logsumexp(k, axis=1, keepdims=True)
-        else:
-            sums = running_log_sum(k, jnp.full_like(k[:, 0], -jnp.inf), starts=starts)
-            places = jnp.where(_ends(starts), jnp.arange(k.shape[1]), k.shape[1])
-            last = jax.lax.cummin(places, axis=1, reverse=True)
-            totals = jnp.take_along_axis(sums, last[..., None, None], axis=1)
-        return jnp.logaddexp(totals, 0.0) if self.initial_unit else totals
-
-    def _mix_whole(self, q: Array, keys: Array, v: Array, starts: Array | None) -> Float[Array, "B L H W"]:
-        """`sum_s (q_t . keys_s) v_s` over all tokens s of the segment of t."""
-        if starts is None:
-            matrix = jnp.einsum("blhc,blhw->bhcw", keys, v, preferred_element_type=self.wide)
-            return jnp.einsum("blhc,bhcw->blhw", q, matrix.astype(v.dtype), preferred_element_type=self.wide)
-        # Up to the token, and behind it: no sum over a segment of a length that only the data know.
-        ahead = [(0, 0), (0, 1), (0, 0), (0, 0)]
-        later_keys, later_v = (jnp.pad(a[:, 1:], ahead) for a in (keys, v))
-        later_v = jnp.where(_ends(starts)[..., None, None], 0, later_v)
-        up_to, _ = self._attend(q, keys, v, starts=starts)
-        behind, _ = self._attend(q, later_keys, later_v, starts=starts, reverse=True)
-        return up_to + behind
 
     def _weights(self, k: Array, log_sum: Float[Array, "B H K"], starts: Array | None) -> tuple[Array, Array, Array]:
         """Keys and decays of the recurrence, and the last logarithm of the sums."""
@@ -187,7 +166,3 @@ class LightNet(Mixer):
             state_bytes=width * (self.key_dim + 1) * jnp.dtype(self.wide).itemsize + 12 if self.causal else 0,
         )
 
-
-def _ends(starts: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
-    """Where a segment ends, the last at the end of its row."""
-    return jnp.pad(starts[:, 1:], [(0, 0), (0, 1)], constant_values=True)

@@ -2,9 +2,9 @@
 
 The argument names the mixer and the data, `--config=configs/vision.py:vir,mnist` (the default): `vir` is a Vision Retention
 Network (Hatamizadeh et al. 2023), retention without rotation or gate under LayerNorms, which needs no quadratic attention at a
-high resolution; `lightnet` (Qin et al. 2024) sees the whole image at once, by MD-TPE behind the embedding and MD-LRPE in every
-layer, and `lightnet_causal` reads it in the same order as the others; `mamba`, `transformer` and `hydra` (which sees both
-sides) to compare with. Patches of 4 x 4 pixels; the images come through TFDS, or from a folder given with `--config.data.manual_dir=...`.
+high resolution. `lightnet` (Qin et al. 2024) sees the whole image at once, by MD-TPE behind the embedding and MD-LRPE in every
+layer; `lightnet_causal` is the same in reading order. `mamba`, `transformer` and `hydra` (which sees both sides) to compare
+with. Patches of 4 x 4 pixels; the images come through TFDS, or from a folder given with `--config.data.manual_dir=...`.
 """
 
 from seqjax import ConfigError, experiment_config

@@ -80,9 +80,7 @@ def lrpe_frequencies(num_heads: int, head_dim: int, num_axes: int, theta: float 
     return np.tile(band[:, : -(-head_dim // num_axes)], num_axes)[:, :head_dim]
 
 
-def lrpe(
-    x: Float[Array, "B L H K"], coordinates: Int[Array, "#B L A"], frequencies: np.ndarray
-) -> Float[Array, "B L H 2*K"]:
+def lrpe(x: Float[Array, "B L H K"], coordinates: Int[Array, "#B L A"], frequencies: np.ndarray) -> Float[Array, "B L H 2*K"]:
     """`(x cos, x sin)` of each feature's angle: MD-LRPE in cosine form (Qin et al. 2024, "LightNet"; Qin et al. 2023, "LRPE").
 
     Products of a query and a key become `sum_c q_c k_c cos(frequency_c (p - s))`, p and s the coordinates along c's axis.

@@ -165,4 +165,3 @@ class LightNet(Mixer):
             flops=2 * length * kernels + mixing + 12 * length * width,
             state_bytes=width * (self.key_dim + 1) * jnp.dtype(self.wide).itemsize + 12 if self.causal else 0,
         )
-

@@ -40,9 +40,7 @@ def running_log_sum(
     return _by_platform(_LOG_SUMS, jnp.zeros_like(values), values, initial, starts)
 
 
-def segment_log_sum(
-    values: Float[Array, "B L *N"], *, starts: Bool[Array, "B L"] | None = None
-) -> Float[Array, "B #L *N"]:
+def segment_log_sum(values: Float[Array, "B L *N"], *, starts: Bool[Array, "B L"] | None = None) -> Float[Array, "B #L *N"]:
     """`log sum exp(values)` over all tokens of each token's segment; without `starts`, once for a row."""
     if starts is None:
         return jax.nn.logsumexp(values, axis=1, keepdims=True)

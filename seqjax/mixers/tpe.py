@@ -114,7 +114,7 @@ class TPE(Mixer):
         return Costs(
             parameters=axes * (width**2 + 3 * width + self.num_heads),
             flops=2 * length * axes * width**2 + 7 * length * axes * width,
-            state_bytes=sum(self.strides) * width * jnp.dtype(self.wide).itemsize + 12,
+            state_bytes=sum(self.strides) * width * jnp.dtype(self.wide).itemsize + 12 if self.causal else 0,
         )
 
 

@@ -227,11 +227,17 @@ class UniversalTransformer(Model):
             positions, origin = positions - origins, origins[:, -1]
         places = self.position_vectors(self.shifted(positions, inputs.shape[0], train))
         x, states = self._run(x, None if state is None else state.steps, places, segment_ids, train)
+        outputs = self._read_out(x, table, segment_ids, train)
+        return outputs, None if state is None else UniversalTransformerState(states, segment, origin)
+
+    def _read_out(
+        self, x: Float[Array, "B L D"], table: TokenEmbedding | None, segment_ids: Array | None, train: bool
+    ) -> Array:
+        """The head's outputs for the last step's outcomes."""
         if self._normalizes_last:
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             x = make_norm(self.norm, name="norm", epsilon=self.norm_epsilon, **types)(x, train)
-        outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
-        return outputs, None if state is None else UniversalTransformerState(states, segment, origin)
+        return self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
 
     def _run(
         self, x: Float[Array, "B L D"], states: State, places: Array | None, segment_ids: Array | None, train: bool
@@ -241,18 +247,7 @@ class UniversalTransformer(Model):
         if self.adaptive:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             begun = Progress(x, jnp.zeros(x.shape, wide), Halting.fresh(x.shape[:2], wide))
-        scanned = nn.scan(
-            Step,
-            variable_broadcast=("params", "derived"),
-            variable_axes={"losses": 0},
-            split_rngs={"params": False, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.num_steps,
-            unroll=self.unroll or self.num_steps,
-        )
-        norms = (self.norm, self.norm_position, self.norm_epsilon)
-        depth = (self.num_steps, self.step_embedding, self.halting_epsilon, self.halted)
-        steps = scanned(self.block, self.frame, norms, self.dropout, *depth, name="step")
+        steps = self._steps(Step, self.num_steps)
         done, (states, weights) = steps(begun, (jnp.arange(self.num_steps), states), places, segment_ids, train)
         if not self.adaptive:
             return done.x, states
@@ -260,6 +255,21 @@ class UniversalTransformer(Model):
         if train:
             self.sow("losses", "ponder", self.ponder_weight * _mean_of_tokens(done.halting.ponder_time, segment_ids))
         return done.outcome.astype(x.dtype), states
+
+    def _steps(self, step: type[nn.Module], count: int) -> nn.Module:
+        """`count` steps in a row, of the class `Step` or one lifted from it."""
+        scanned = nn.scan(
+            step,
+            variable_broadcast=("params", "derived"),
+            variable_axes={"losses": 0},
+            split_rngs={"params": False, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=count,
+            unroll=self.unroll or count,
+        )
+        norms = (self.norm, self.norm_position, self.norm_epsilon)
+        depth = (self.num_steps, self.step_embedding, self.halting_epsilon, self.halted)
+        return scanned(self.block, self.frame, norms, self.dropout, *depth, name="step")
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> UniversalTransformerState:
@@ -292,6 +302,51 @@ class UniversalTransformer(Model):
     @nn.nowrap
     def mixers(self) -> tuple[type[Mixer], ...]:
         return tuple(s.mixer for s in self.block)
+
+
+class Wavefront(UniversalTransformer):
+    """The same parameters where positions of a sequence stand at different depths, one new token among them.
+
+    Steps are divided into `num_steps / R` stages of R; each stage holds one position of each row, or none.
+    """
+
+    @classmethod
+    def of(cls, model: UniversalTransformer) -> Wavefront:
+        """Of the same options."""
+        names = (field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name"))
+        return cls(**{name: getattr(model, name) for name in names})
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B"], latents: Float[Array, "M B D"], positions: Int[Array, "M B"], states: State
+    ) -> tuple[Float[Array, "M B V"], Float[Array, "M B D"], Float[Array, "M B D"], State]:
+        """Each stage's R steps, all stages at once.
+
+        Args:
+          tokens: those that enter the first stage.
+          latents: what enters the others; the first stage's are not read.
+          positions: from which the vectors of positions are made.
+          states: of the block, leaves `[R, M * B, 1, ...]`: at step r, those of stage m's step `m * R + r` in each row.
+        Returns:
+          Logits; the vectors that entered each stage and those that left it; the next states.
+        """
+        stages, batch_size, width = latents.shape
+        x, table = self.embed(tokens[:, None], None, False)
+        before = latents.at[0].set(x[:, 0])
+        flat = lambda a: a.reshape(-1, 1, *a.shape[2:])  # rows of one token
+        places = self.position_vectors(flat(positions))
+        inner = self.num_steps // stages
+        numbers = jnp.arange(inner)[:, None] + inner * jnp.repeat(jnp.arange(stages), batch_size)
+        each = nn.vmap(
+            Step,
+            in_axes=(0, 0, 0, None, None),
+            variable_axes={"params": None, "derived": None},
+            split_rngs={"params": False, "dropout": False},
+        )
+        rows = lambda a: None if a is None else a[:, None]
+        done, (states, _) = self._steps(each, inner)(Progress(rows(flat(before))), (numbers, states), rows(places), None, False)
+        logits = self._read_out(done.x[:, 0], table, None, False)
+        return logits.reshape(stages, batch_size, -1), before, done.x.reshape(before.shape), states
 
 
 def last_origins(restarts: Bool[Array, "B L"], found: Segments, before: Int[Array, "B"] | None) -> Int[Array, "B L"]:

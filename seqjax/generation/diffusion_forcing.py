@@ -71,12 +71,10 @@ class DiffusionForcing:
         if self.inner_steps < 1 or steps % self.inner_steps:
             fits = ", ".join(str(n) for n in range(1, steps + 1) if steps % n == 0)
             raise ConfigError(f"inner_steps={self.inner_steps} does not divide model.num_steps={steps}; allowed: {fits}.")
-        caches = model.init_state(1, 2).steps
-        if not all(_whole_cache(part) for part in jax.tree.leaves(caches, is_leaf=_is_cache)):
-            names = tuple(sublayer.name for sublayer in model.block)
+        if model.sublayers_in_order:
             raise ConfigError(
-                f"diffusion forcing goes back to positions that model.pattern={names!r} does not keep; allowed: attention "
-                "with window=None, and feed-forwards."
+                f"diffusion forcing goes back to earlier positions, which {', '.join(model.sublayers_in_order)} in model.pattern "
+                "cannot; allowed: attention with window=None, and feed-forwards."
             )
 
     def generate(self, model: UniversalTransformer, *arguments: Any) -> Int[Array, "B N"]:
@@ -90,10 +88,6 @@ class DiffusionForcing:
 
 def _is_cache(part: Any) -> bool:
     return isinstance(part, AttentionState)
-
-
-def _whole_cache(part: Any) -> bool:
-    return _is_cache(part) and part.keys.shape[-3] == 2
 
 
 class Wave(NamedTuple):
@@ -123,7 +117,7 @@ class Wave(NamedTuple):
         zeros, batch_size = jnp.zeros_like(first), first.shape[0]
         blank = jnp.zeros((batch_size, num_tokens), jnp.int32)
         wave = cls(
-            numbers=jnp.full((stages, batch_size), -1),
+            numbers=jnp.full((stages, batch_size), -1, jnp.int32),
             latents=jnp.zeros((stages, batch_size, model.embed_dim), model.dtype),
             caches=jax.tree.map(lambda part: _by_stage(part, stages), state.steps, is_leaf=_is_cache),
             tokens=blank.at[:, 0].set(first),
@@ -157,16 +151,15 @@ class Wave(NamedTuple):
         active, absent = self.numbers >= 0, self.tokens.shape[1]
         revises = active & ((self.numbers == self.numbers.max(0)) | (drawn != _at(self.tokens, self.numbers + 1)))
         first = jnp.where(revises, self.numbers, absent).min(0)
-        value = jnp.where(self.numbers == first, drawn, 0).sum(0)
+        value = jnp.where(self.numbers == first, drawn, 0).sum(0, dtype=jnp.int32)
         tokens = self.tokens.at[jnp.arange(first.shape[0]), first + 1].set(value, mode="drop")
         kept = active & (self.numbers <= first)
         waits = jnp.flip(jax.lax.cummax(jnp.flip(active & ~ready, 0).astype(jnp.int32), axis=0), 0) > 0
         freezes = kept & ~waits
         numbers = jnp.roll(jnp.where(kept & waits, self.numbers, -1), 1, axis=0)
-        wave = self._replace(
-            numbers=numbers, latents=jnp.roll(self.latents, 1, axis=0), tokens=tokens, frozen=self.frozen + freezes.sum(0)
-        )
-        return wave, first + 1, freezes
+        frozen = self.frozen + freezes.sum(0, dtype=jnp.int32)
+        latents = jnp.roll(self.latents, 1, axis=0)
+        return self._replace(numbers=numbers, latents=latents, tokens=tokens, frozen=frozen), first + 1, freezes
 
 
 @functools.partial(jax.jit, static_argnames=("model", "num_tokens", "inner_steps"))

@@ -200,13 +200,11 @@ class UniversalTransformer(Model):
                 f"model.bidirectional_source=True with model.position_restart={self.position_restart} and model.causal="
                 f"{self.causal} has no source apart from a target; allowed: causal=True, and a token that ends the source."
             )
-        for sublayer in self.block:
-            mixer = sublayer.make(self.frame, parent=None)
-            if not mixer.takes_sets or getattr(mixer, "window", None) is not None:
-                raise ConfigError(
-                    f"model.bidirectional_source=True is for attention with window=None and feed-forwards, and "
-                    f"{sublayer.name!r} is in model.pattern."
-                )
+        if self.sublayers_in_order:
+            raise ConfigError(
+                f"model.bidirectional_source=True does not fit {', '.join(self.sublayers_in_order)} in model.pattern; "
+                "allowed: attention with window=None, and feed-forwards."
+            )
 
     @property
     def frame(self) -> Frame:
@@ -215,6 +213,12 @@ class UniversalTransformer(Model):
     @property
     def adaptive(self) -> bool:
         return self.halting == "act"
+
+    @property
+    def sublayers_in_order(self) -> tuple[str, ...]:
+        """Names of those that keep less than every token, or take them in turn: neither whole attention nor a feed-forward."""
+        mixers = ((sublayer.name, sublayer.make(self.frame, parent=None)) for sublayer in self.block)
+        return tuple(name for name, m in mixers if not m.takes_sets or getattr(m, "window", None) is not None)
 
     @property
     def _normalizes_last(self) -> bool:

@@ -73,8 +73,8 @@ class DiffusionForcing:
             raise ConfigError(f"inner_steps={self.inner_steps} does not divide model.num_steps={steps}; allowed: {fits}.")
         if model.sublayers_in_order:
             raise ConfigError(
-                f"diffusion forcing goes back to earlier positions, which {', '.join(model.sublayers_in_order)} in model.pattern "
-                "cannot; allowed: attention with window=None, and feed-forwards."
+                f"diffusion forcing goes back to earlier positions, which {', '.join(model.sublayers_in_order)} in "
+                "model.pattern cannot; allowed: attention with window=None, and feed-forwards."
             )
 
     def generate(self, model: UniversalTransformer, *arguments: Any) -> Int[Array, "B N"]:
@@ -112,7 +112,9 @@ class Wave(NamedTuple):
     passes: Int[Array, "B"]
 
     @classmethod
-    def fresh(cls, model: UniversalTransformer, state: UniversalTransformerState, first: Array, num_tokens: int, stages: int) -> Wave:
+    def fresh(
+        cls, model: UniversalTransformer, state: UniversalTransformerState, first: Array, num_tokens: int, stages: int
+    ) -> Wave:
         """Behind a prompt: its last token's read-out alone is there, number 0."""
         zeros, batch_size = jnp.zeros_like(first), first.shape[0]
         blank = jnp.zeros((batch_size, num_tokens), jnp.int32)

@@ -51,8 +51,8 @@ def generate(
     Returns:
       The new tokens, `[B, num_tokens]` int32.
     Raises:
-      ConfigError: an empty prompt, a token outside the vocabulary, no key for sampling, a model without a state, or one that `parallel`
-        does not serve.
+      ConfigError: an empty prompt, a token outside the vocabulary, no key for sampling, a model without a state,
+        or one that `parallel` does not serve.
     """
     tokens, segment_ids = pad_left(prompts, model.vocab_size)
     if num_tokens < 1:

@@ -363,7 +363,7 @@ class Wavefront(UniversalTransformer):
         Returns:
           Logits; the vectors that entered each stage and those that left it; the next states.
         """
-        stages, batch_size, width = latents.shape
+        stages, batch_size, _ = latents.shape
         x, table = self.embed(tokens[:, None], None, False)
         before = latents.at[0].set(x[:, 0])
         flat = lambda a: a.reshape(-1, 1, *a.shape[2:])  # rows of one token

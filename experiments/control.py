@@ -11,6 +11,7 @@ episodes and seeds, errors are standard errors over seeds.
 from __future__ import annotations
 
 import argparse
+import functools
 import pathlib
 import runpy
 import time
@@ -80,10 +81,10 @@ def compare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, f
         beside = returns_of_data(task)
         model, train = make_trainer(config, task, args.steps)
         variables, losses = jax.jit(jax.vmap(train))(jnp.arange(args.seeds))
-        act = jax.vmap(lambda v, wanted: roll_out(model, v, task, wanted, jax.random.key(1), args.episodes), in_axes=(0, None))
         found[name] = {}
         for asked in ("data_median", "data_best", "best_controller"):
-            returns = act(variables, beside[asked])["rewards"].sum(axis=-1).mean(axis=-1)
+            act = functools.partial(roll_out, model, task=task, wanted=beside[asked], num_episodes=args.episodes)
+            returns = jax.vmap(lambda v, act=act: act(v, key=jax.random.key(1))["rewards"].sum(-1).mean())(variables)
             found[name][asked] = np.asarray(returns, np.float64).tolist()
             row = {"model": name, "asked_for": asked, "asked": beside[asked], "return": float(returns.mean())}
             rows.append(row | {"error": _standard_error(returns), "validation_mse": float(losses.mean())})
@@ -107,7 +108,9 @@ def main() -> None:
     rows, beside, returns = compare(args)
     print(table(rows), *(f"{name}: {value:.3f}" for name, value in beside.items()), sep="\n")
     if args.out:
-        write_record(args.out, origin, rows, settings={name: getattr(args, name) for name in sizes}, beside=beside, returns=returns)
+        write_record(
+            args.out, origin, rows, settings={name: getattr(args, name) for name in sizes}, beside=beside, returns=returns
+        )
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -67,9 +68,9 @@ class Hawkes(Task):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_process()
-        for key in ("sequence_length", "num_sequences"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"data.{key}={getattr(self, key)} is too small; allowed: 1 or more.")
+        for key, least in (("sequence_length", 2), ("num_sequences", 1)):
+            if getattr(self, key) < least:
+                raise ConfigError(f"data.{key}={getattr(self, key)} is too small; allowed: {least} or more.")
 
     def _check_process(self) -> None:
         marks = len(self.background)
@@ -151,13 +152,21 @@ class Hawkes(Task):
         return made
 
     def baselines(self) -> dict[str, float]:
-        """Nats per event of the process that made the sequences, which no model can beat, and of a Poisson process with the
-        training sequences' rate for each mark."""
+        """Nats per event of the process that made the sequences, which no model can beat; of the same where the mark is told
+        without the time, as the head does; and of a Poisson process with the training sequences' rate for each mark."""
         gaps, marks = self.events["train"]
         rates = np.bincount(marks.reshape(-1), minlength=self.output_dim) / gaps.sum()
         poisson = Process(np.maximum(rates, np.finfo(float).tiny), *np.zeros((2, self.output_dim, self.output_dim)))
-        named = {"true process": self.process, "Poisson process": poisson}
-        return {name: -float(log_likelihood(p, *self.events["validation"]).mean()) for name, p in named.items()}
+        held_out = self.events["validation"]
+        rates, integrals = intensities(self.process, *held_out)
+        of_marks = np.log(np.take_along_axis(mark_probabilities(self.process, *held_out), held_out[1][..., None], axis=2))
+        apart = np.log(rates.sum(axis=2)) - integrals.sum(axis=2) + of_marks[..., 0]
+        likelihoods = {
+            "true process": log_likelihood(self.process, *held_out),
+            "true process, mark apart from time": apart,
+            "Poisson process": log_likelihood(poisson, *held_out),
+        }
+        return {name: -float(values.mean()) for name, values in likelihoods.items()}
 
 
 def draw(process: Process, count: int, length: int, random: np.random.RandomState) -> tuple[np.ndarray, np.ndarray]:
@@ -184,29 +193,56 @@ def draw(process: Process, count: int, length: int, random: np.random.RandomStat
     return gaps, marks
 
 
-def intensities(process: Process, gaps: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The rate of each mark just before each event, and its integral since the event before: `[N, L, M]` both.
+def excitations(process: Process, gaps: np.ndarray, marks: np.ndarray) -> Iterator[np.ndarray]:
+    """For each event in turn, what each mark's earlier events added to each mark's rate, as of the event before: `[N, M, M]`.
 
-    By the recursion of the decayed sums (Ozaki 1979), in the order of the number of events.
+    The recursion of Ozaki 1979, "Maximum likelihood estimation of Hawkes' self-exciting point processes".
 
     Args:
       gaps: `[N, L]`, times between events, the first from time 0.
       marks: `[N, L]` integers.
     """
-    marks_count = len(process.background)
-    excitation = np.zeros((len(gaps), marks_count, marks_count))
-    rates, integrals = np.empty((2, *gaps.shape, marks_count))
+    excitation = np.zeros((len(gaps), *process.decay.shape))
+    for gap, mark in zip(gaps.T, marks.T):
+        yield excitation
+        excitation = excitation * np.exp(-process.decay * gap[:, None, None]) + process.added(mark)
+
+
+def intensities(process: Process, gaps: np.ndarray, marks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rate of each mark just before each event, and its integral since the event before: `[N, L, M]` both.
+
+    Arguments as of `excitations`.
+    """
     faded = np.divide(1, process.decay, out=np.zeros_like(process.decay), where=process.decay > 0)
-    for k in range(gaps.shape[1]):
+    rates, integrals = np.empty((2, *gaps.shape, len(process.background)))
+    for k, excitation in enumerate(excitations(process, gaps, marks)):
         gap = gaps[:, k, None, None]
         left = excitation * np.exp(-process.decay * gap)
         rates[:, k] = process.background + left.sum(axis=2)
         integrals[:, k] = process.background * gap[..., 0] + ((excitation - left) * faded).sum(axis=2)
-        excitation = left + process.added(marks[:, k])
     return rates, integrals
 
 
+def mark_probabilities(process: Process, gaps: np.ndarray, marks: np.ndarray, points: int = 200) -> np.ndarray:
+    """`[N, L, M]`: of each event's mark given the events before it, whenever it comes.
+
+    The integral over the time t of each mark's rate times the probability of no event until t, by the trapezoid rule in the
+    logarithm of t at `points`. Other arguments as of `excitations`.
+    """
+    fastest = process.background.sum() + process.decay.max() + process.added(np.arange(len(process.background))).max()
+    log_times, spacing = np.linspace(np.log(1e-6 / fastest), np.log(40 / process.background.sum()), points, retstep=True)
+    times = np.exp(log_times)
+    fading = np.exp(-process.decay * times[:, None, None])
+    integrated = np.divide(1 - fading, process.decay, out=np.zeros_like(fading), where=process.decay > 0)
+    found = np.empty((*gaps.shape, len(process.background)))
+    for k, excitation in enumerate(excitations(process, gaps, marks)):
+        rates = process.background + np.einsum("nij,tij->nti", excitation, fading)
+        no_event = np.exp(-process.background.sum() * times - np.einsum("nij,tij->nt", excitation, integrated))
+        found[:, k] = spacing * np.einsum("nti,nt->ni", rates, no_event * times)
+    return found
+
+
 def log_likelihood(process: Process, gaps: np.ndarray, marks: np.ndarray) -> np.ndarray:
-    """`[N, L]`, in nats, of each event's time and mark given the events before it; arguments as of `intensities`."""
+    """`[N, L]`, in nats, of each event's time and mark given the events before it; arguments as of `excitations`."""
     rates, integrals = intensities(process, gaps, marks)
     return np.log(np.take_along_axis(rates, marks[..., None], axis=2)[..., 0]) - integrals.sum(axis=2)

@@ -95,7 +95,7 @@ class PointProcessHead(Head):
     """
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B L 3*K+O"]:
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B L E"]:
         return self._dense("event", self.width, ("embed", None))(x)
 
     @property

@@ -1,7 +1,8 @@
 """When the next event comes, and of which mark: a generated Hawkes process of three marks, by Aaren or a Transformer.
 
 The argument names the model: `--config=configs/hawkes.py:aaren` (the default) or `transformer`; nothing else differs. The
-process's own likelihood, which no model can beat, is 0.93 nats per event, that of a Poisson process 1.89.
+process itself has a negative log-likelihood of 0.93 nats per event, which no model can beat, 0.99 where it tells the mark
+without the time, as the model does, and a Poisson process 1.89. Seeds by `--config.training.seed` and `--config.data.seed`.
 """
 
 from seqjax import experiment_config

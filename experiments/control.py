@@ -4,8 +4,8 @@ python experiments/control.py --out=docs/results/control.json
 python experiments/control.py --models aaren --seeds 2 --steps 300
 
 Models, data and recipe are those of `configs/control.py`. All seeds of a model train in one program; then each acts in the
-environment, asked for the median and the best return of its data, and for the best controller's. Returns are means over
-episodes and seeds, errors are standard errors over seeds.
+environment, asked for the median and the best return of its data, and for the best controller's. Seeds are of parameters and
+batches; data and episodes are the same for all. Returns are means over episodes and seeds, errors standard errors over seeds.
 """
 
 from __future__ import annotations

@@ -96,7 +96,8 @@ def backward(
     starts = range(0, q.shape[1], most)
     cut = lambda a, start: a[:, start : start + most]
     parts = [
-        _backward(*_from_query(spec, mask, start, most), cut(q, start), k, v, *(cut(a, start) for a in terms)) for start in starts
+        _backward(*_from_query(spec, mask, start, most), cut(q, start), k, v, *(cut(a, start) for a in terms))
+        for start in starts
     ]
     dq, dk, dv = zip(*parts)
     return jnp.concatenate(dq, axis=1), sum(dk).astype(k.dtype), sum(dv).astype(v.dtype), None

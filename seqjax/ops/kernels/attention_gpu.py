@@ -207,15 +207,15 @@ def _over(x: Array, shape: tuple[int, int], axis: int = 0) -> Array:
     return lax.broadcast_in_dim(x, shape, (axis,))
 
 
-def _product(shape: tuple[int, int], a: Any, b: Any, then: Callable[[], None] = lambda: None) -> Array:
-    """`a b`, and meanwhile `then()`."""
+def _multiply(terms: Sequence[tuple[Array, Any, Any]], meanwhile: Callable[[], None] = lambda: None) -> Sequence[Array]:
+    """`sums + a b` of all `(sums, a, b)`, of which `a` may be an array in registers; `meanwhile()` runs beside the products."""
 
-    def compute(sums: Any) -> Array:
-        plgpu.wgmma(sums, a, b)
-        then()
-        return sums[...]
+    def compute(refs: Sequence[Any]) -> None:
+        for ref, (_, a, b) in zip(refs, terms):
+            plgpu.wgmma(ref, a, b)
+        meanwhile()
 
-    return pl.run_scoped(compute, plgpu.ACC(shape, F32))
+    return pl.run_state(compute)(tuple(plgpu.ACC.init(sums) for sums, _, _ in terms))
 
 
 class _Meeting:
@@ -329,7 +329,7 @@ def _softmax_loop(
     def step(i: Array, running: tuple[Array, ...]) -> tuple[Array, ...]:
         mixed, top, total = running
         slot, number = slot_of(i), meeting.first + i
-        products = _product(shape, q_s, ref["k_s"].at[slot].transpose((1, 0)), then=meet)
+        [products] = _multiply([(_full(shape, 0.0), q_s, ref["k_s"].at[slot].transpose((1, 0)))], meet)
         plgpu.barrier_arrive(ref["k_free"].at[slot])
         k_at = number * block
         ids = lambda: (q_ids, meeting.ids("k_ids", k_at, block, COLUMN_LAYOUT))
@@ -346,14 +346,12 @@ def _softmax_loop(
         plgpu.barrier_wait(ref["v_ready"].at[slot])
         plgpu.barrier_wait(ref["turn"])
 
-        def mix(sums: Any) -> None:
-            plgpu.wgmma(sums, narrow, ref["v_s"].at[slot])
-
+        def wait_for_next() -> None:
             @pl.when(i + 1 < meeting.count)
             def _() -> None:
                 plgpu.barrier_wait(ref["k_ready"].at[slot_of(i + 1)])
 
-        mixed = pl.run_state(mix)(plgpu.ACC.init(mixed))
+        [mixed] = _multiply([(mixed, narrow, ref["v_s"].at[slot])], wait_for_next)
         plgpu.barrier_arrive(ref["v_free"].at[slot])
         return mixed, peak, total
 

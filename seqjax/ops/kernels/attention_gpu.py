@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -236,38 +236,56 @@ class _Meeting:
         row = jnp.int32(0) if ref.shape[0] == 1 else self.batch
         return plgpu.load(ref.at[row, pl.ds(first, count)], layout=layout, optimized=False)
 
-    def hidden(self, logits: Array, number: Array, q_at: Array, k_at: Array, ids: Callable, q_axis: int) -> Array:
+    def hidden(
+        self, logits: Array, number: Array, q_at: Array, k_at: Array, ids: Callable[[], tuple], by_key: bool = False
+    ) -> Array:
         """Logits with -inf where block `number` needs masks and a pair does not attend.
 
         Args:
           q_at, k_at: index of the first query and of the first key.
-          ids: gives the segments of queries and of keys.
-          q_axis: the axis of queries; the other is that of keys.
+          ids: gives the segments of rows and of columns.
+          by_key: the rows are keys and the columns queries, else the other way round.
         """
         if not self.call.masked:
             return logits
         whole = (self.start <= number) & (number < self.stop)
-        spec, keys = self.call.spec, self.call.keys
 
         def mask() -> Array:
-            index = lambda axis: plgpu.broadcasted_iota(I32, logits.shape, axis, layout=plgpu.Layout.WGMMA)
-            query, key = index(q_axis), index(1 - q_axis)
-            shift = self.offset + q_at - k_at
-            seen = []
-            if spec.causal:
-                seen.append(query - key >= -shift)
-            if spec.window is not None:
-                seen.append(query - key < spec.window - shift)
-            if spec.window is not None and not spec.causal:
-                seen.append(query - key > -spec.window - shift)
+            row = plgpu.broadcasted_iota(I32, logits.shape[:1], 0, layout=ROW_LAYOUT)
+            column = plgpu.broadcasted_iota(I32, logits.shape, 1, layout=plgpu.Layout.WGMMA)
+            masked = logits
+            for seen in self._seen(row, column, q_at, k_at, by_key):
+                masked = jnp.where(seen, masked, -jnp.inf)
             if self.call.segments:
-                q_ids, k_ids = ids()
-                seen.append(_over(q_ids, logits.shape, q_axis) == _over(k_ids, logits.shape, 1 - q_axis))
-            elif keys.length % keys.size:
-                seen.append(key < keys.length - k_at)
-            return jnp.where(functools.reduce(jnp.logical_and, seen), logits, -jnp.inf)
+                row_ids, column_ids = ids()
+                alike = _over(row_ids, logits.shape) == _over(column_ids, logits.shape, 1)
+                masked = jnp.where(alike, masked, -jnp.inf)
+            return masked
 
         return lax.cond(whole, lambda: logits, mask)
+
+    def _seen(self, row: Array, column: Array, q_at: Array, k_at: Array, by_key: bool) -> Iterator[Array]:
+        """By positions, which pairs attend: bounds of each row's columns, so that comparisons are all that pairs cost."""
+        spec, keys, shape = self.call.spec, self.call.keys, column.shape
+        shift = self.offset + q_at - k_at  # distance of the first query from the first key
+        if by_key:
+            low, high = row - shift, row - shift + (spec.window or 0)
+            if spec.window is not None:
+                yield column < _over(high, shape)
+            if spec.causal:
+                yield column >= _over(low, shape)
+            elif spec.window is not None:
+                yield column > _over(low - spec.window, shape)
+            return
+        low, high = row + shift - (spec.window or 0), row + shift
+        if spec.causal:
+            yield column <= _over(high, shape)
+        elif spec.window is not None:
+            yield column < _over(high + spec.window, shape)
+        if spec.window is not None:
+            yield column > _over(low, shape)
+        if keys.length % keys.size and not self.call.segments:  # no query has the id of padding
+            yield column < keys.length - k_at
 
 
 def _forward_kernel(ref: Refs, call: _Call, order: _Order) -> None:
@@ -333,7 +351,7 @@ def _softmax_loop(
         plgpu.barrier_arrive(ref["k_free"].at[slot])
         k_at = number * block
         ids = lambda: (q_ids, meeting.ids("k_ids", k_at, block, COLUMN_LAYOUT))
-        products = meeting.hidden(products, number, q_at, k_at, ids, q_axis=0)
+        products = meeting.hidden(products, number, q_at, k_at, ids)
         peak = jnp.maximum(top, jnp.max(products, axis=1) * factor)
         kept = jnp.exp2(top - peak)
         weights = jnp.exp2(products * factor - _over(peak, shape))

@@ -101,7 +101,7 @@ def backward(
     dtypes, groups = [a if a is None else a.dtype for a in operands], k.shape[2]
     call = _Call(spec, mask, bias, *_blocks(q.shape[1], k.shape[1]), repeats=q.shape[2] // groups)
     wide = jnp.promote_types(q.dtype, jnp.float32)
-    log_sum, inner = (_by_head(a[..., None], groups) for a in _row_terms(outputs, cotangents, wide))
+    log_sum, inner = (_by_head(a[..., None], groups) for a in row_terms(outputs, cotangents, wide))
     q, d_mixed = _by_head(q, groups), _by_head(cotangents[0], groups)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
@@ -140,7 +140,7 @@ def backward(
     return (*(a.astype(dtype) for a, dtype in zip((dq, dk, dv), dtypes)), d_bias)
 
 
-def _row_terms(outputs: tuple[Array, Array], cotangents: tuple[Array, Array], wide: jnp.dtype) -> tuple[Array, Array]:
+def row_terms(outputs: tuple[Array, Array], cotangents: tuple[Array, Array], wide: jnp.dtype) -> tuple[Array, Array]:
     """Of each row, `[B, T, H]`: the log-sum-exp, finite, and what to subtract from the gradients of its weights.
 
     The softmax's Jacobian needs <weights, their gradient>, which is <output, its gradient>; and the log-sum-exp's gradient

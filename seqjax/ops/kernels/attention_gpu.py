@@ -30,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, live_blocks, whole_blocks
+from seqjax.ops.blockwise_attention import row_terms
 
 F32 = jnp.float32
 I32 = jnp.int32
@@ -38,9 +39,16 @@ LN_2 = math.log(2.0)
 L2_BYTES = 32 * 2**20
 """What thread blocks that run side by side may read again and again: it stays in the second-level cache."""
 
+PAIR_BYTES = 4
+"""Of two numbers in half precision."""
+
 ROWS = 64
 """Rows of a tile: one warpgroup's matrix product has so many."""
 WARPGROUPS = 2
+SHARED_WEIGHTS = 2
+"""Tiles of weights on their way from one warpgroup to the other."""
+WITH_ROWS = {"q": "lse", "d_out": "inner"}
+"""Blocks that arrive together with a number for each of their rows."""
 LOWEST = -1e30
 """The running maximum of a row that has seen no key: not -inf, whose difference from itself is no number."""
 
@@ -48,14 +56,24 @@ Refs = dict[str, Any]
 
 
 class _Sizes(NamedTuple):
-    """Lengths of the blocks that tiles meet, and how many are in shared memory at once."""
+    """Of the blocks that a tile meets.
+
+    Attributes:
+      block: their length.
+      stages: how many blocks of one array, and of the other, are in shared memory at once.
+    """
 
     block: int
-    stages: int
+    stages: tuple[int, int]
 
 
-FORWARD = {64: _Sizes(128, 4), 128: _Sizes(128, 2), 256: _Sizes(64, 2)}
-"""By head width."""
+FORWARD = {64: _Sizes(128, (4, 4)), 128: _Sizes(128, (2, 2)), 256: _Sizes(64, (2, 2))}
+"""By head width: blocks of keys and values."""
+BACKWARD_QUERIES = {64: _Sizes(128, (2, 2)), 128: _Sizes(64, (3, 3)), 256: _Sizes(64, (2, 1))}
+"""The same where tiles of queries look for their gradients."""
+BACKWARD_KEYS = {64: _Sizes(64, (3, 3)), 128: _Sizes(64, (3, 3)), 256: _Sizes(64, (2, 2))}
+"""Blocks of queries and of the output's gradients, which tiles of keys meet."""
+WIDTHS = tuple(FORWARD)
 
 
 def forward(
@@ -65,26 +83,62 @@ def forward(
     sizes = FORWARD[q.shape[-1]]
     call = _Call.of(spec, mask, q, k, WARPGROUPS * ROWS, sizes.block)
     arguments = {"q": q, "k": k, "v": v, **call.masks(mask)}
-    results = {
-        "out": jax.ShapeDtypeStruct(q.shape, v.dtype),
-        "lse": jax.ShapeDtypeStruct((call.batch, call.heads, call.queries.count * call.queries.size), F32),
-    }
-    scratch = {
-        "q_s": _tiles(WARPGROUPS, ROWS, q),
-        "k_s": _tiles(sizes.stages, sizes.block, k),
-        "v_s": _tiles(sizes.stages, sizes.block, v),
-        "lse_s": plgpu.SMEM((WARPGROUPS, ROWS), F32),
-        "q_ready": plgpu.Barrier(num_barriers=WARPGROUPS),
-        "k_ready": plgpu.Barrier(num_barriers=sizes.stages),
-        "v_ready": plgpu.Barrier(num_barriers=sizes.stages),
-        "k_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=sizes.stages),
-        "v_free": plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=sizes.stages),
-        "turn": plgpu.Barrier(num_arrivals=WARPGROUPS),
-    }
-    order = _Order.of(call.batch * call.heads, call.queries.count, 4 * k.shape[1] * q.shape[-1] // call.repeats, late_first=True)
-    kernel = functools.partial(_forward_kernel, call=call, order=order)
-    out, lse = _launch("attention_forward", kernel, order, arguments, results, scratch)
+    results = {"out": jax.ShapeDtypeStruct(q.shape, v.dtype), "lse": call.of_rows()}
+    scratch = {"lse_s": plgpu.SMEM((WARPGROUPS, ROWS), F32), "turn": plgpu.Barrier(num_arrivals=WARPGROUPS)}
+    scratch |= _held(q=_tiles(WARPGROUPS, ROWS, q)) | call.ring(sizes, k=k, v=v)
+    kernel = functools.partial(_forward_kernel, call=call, order=call.by_query())
+    out, lse = _launch("attention_forward", kernel, call.by_query(), arguments, results, scratch)
     return out, lse[:, :, : q.shape[1]].transpose(0, 2, 1)
+
+
+def backward(
+    spec: AttentionSpec,
+    mask: AttentionMask,
+    operands: tuple[Array, Array, Array, Array | None],
+    outputs: tuple[Array, Array],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array, Array, Array, Array | None]:
+    """Cotangents of `operands = (q, k, v, bias)` from those of `outputs = (out, log_sum)` of `forward`."""
+    q, k, v, _ = operands
+    log_sum, inner = row_terms(outputs, cotangents, F32)
+    # A row that sees no key has weights of zero, and so have rows over the end.
+    log_sum = jnp.where(outputs[1] > -jnp.inf, log_sum * LOG2_E, jnp.inf)
+    more = -q.shape[1] % (WARPGROUPS * ROWS)
+    by_row = lambda a, fill: jnp.pad(a.transpose(0, 2, 1), [(0, 0), (0, 0), (0, more)], constant_values=fill)
+    arguments = {"q": q, "k": k, "v": v, "d_out": cotangents[0].astype(q.dtype)}
+    arguments |= {"lse": by_row(log_sum, jnp.inf), "inner": by_row(inner, 0)}
+    dq = _query_gradient(spec, mask, arguments)
+    dk, dv = _key_gradients(spec, mask, arguments)
+    return dq, dk, dv, None
+
+
+def _query_gradient(spec: AttentionSpec, mask: AttentionMask, arguments: dict[str, Array]) -> Array:
+    q, k, v, d_out = (arguments[name] for name in ("q", "k", "v", "d_out"))
+    sizes = BACKWARD_QUERIES[q.shape[-1]]
+    call = _Call.of(spec, mask, q, k, WARPGROUPS * ROWS, sizes.block)
+    held = _tiles(WARPGROUPS, ROWS, q)
+    scratch = _held(q=held, d_out=held) | call.ring(sizes, k=k, v=v)
+    kernel = functools.partial(_query_gradient_kernel, call=call, order=call.by_query())
+    results = {"d_q": jax.ShapeDtypeStruct(q.shape, q.dtype)}
+    [dq] = _launch("attention_d_q", kernel, call.by_query(), arguments | call.masks(mask), results, scratch)
+    return dq
+
+
+def _key_gradients(spec: AttentionSpec, mask: AttentionMask, arguments: dict[str, Array]) -> tuple[Array, Array]:
+    q, k, v, d_out = (arguments[name] for name in ("q", "k", "v", "d_out"))
+    sizes, wide = BACKWARD_KEYS[q.shape[-1]], q.shape[-1] > 128
+    call = _Call.of(spec, mask, q, k, sizes.block, ROWS if wide else WARPGROUPS * ROWS)
+    held = _tiles(1 if wide else WARPGROUPS, ROWS, k)
+    scratch = _held(k=held, v=held) | call.ring(sizes, q=q, d_out=d_out)
+    for name, stages in zip(("lse", "inner"), sizes.stages):
+        scratch[f"{name}_s"] = plgpu.SMEM((stages, sizes.block), F32)
+    if wide:
+        scratch["weights_s"] = _tiles(SHARED_WEIGHTS, ROWS, q, sizes.block)
+        scratch |= {f"weights_{state}": plgpu.Barrier(num_barriers=SHARED_WEIGHTS) for state in ("ready", "free")}
+    kernel = functools.partial(_wide_key_gradients_kernel if wide else _key_gradients_kernel, call=call, order=call.by_key())
+    results = {"d_k": jax.ShapeDtypeStruct(k.shape, k.dtype), "d_v": jax.ShapeDtypeStruct(v.shape, v.dtype)}
+    arguments = arguments | call.masks(mask, by_key=True)
+    return _launch("attention_d_k_d_v", kernel, call.by_key(), arguments, results, scratch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,13 +150,14 @@ class _Call:
     batch: int
     heads: int
     groups: int
+    width: int
     queries: Blocks
     keys: Blocks
 
     @classmethod
     def of(cls, spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, rows: int, columns: int) -> _Call:
         queries, keys = Blocks(q.shape[1], rows), Blocks(k.shape[1], columns)
-        return cls(spec, mask.segment_ids is not None, q.shape[0], q.shape[2], k.shape[2], queries, keys)
+        return cls(spec, mask.segment_ids is not None, q.shape[0], q.shape[2], k.shape[2], q.shape[3], queries, keys)
 
     @property
     def repeats(self) -> int:
@@ -112,10 +167,34 @@ class _Call:
     def masked(self) -> bool:
         return bool(self.spec.causal or self.spec.window or self.segments or self.keys.length % self.keys.size)
 
+    def of_rows(self) -> jax.ShapeDtypeStruct:
+        """A number for each query of each head, in whole tiles: copies start at multiples of 16 bytes."""
+        return jax.ShapeDtypeStruct((self.batch, self.heads, self.queries.count * self.queries.size), F32)
+
+    def by_query(self) -> _Order:
+        """Tiles of queries; with a causal mask the last ones have the most work."""
+        unit = self.keys.length * self.width // self.repeats
+        return _Order.of(self.batch * self.heads, self.queries.count, PAIR_BYTES * unit, late_first=True)
+
+    def by_key(self) -> _Order:
+        """Tiles of keys; with a causal mask the first ones have the most work."""
+        unit = self.queries.length * self.width * self.repeats
+        return _Order.of(self.batch * self.groups, self.keys.count, PAIR_BYTES * unit, late_first=False)
+
+    def ring(self, sizes: _Sizes, **arrays: Array) -> Refs:
+        """Shared memory and barriers of blocks that arrive in turn."""
+        scratch: Refs = {}
+        for (name, like), stages in zip(arrays.items(), sizes.stages):
+            arrivals = 2 if name in WITH_ROWS else 1
+            scratch[f"{name}_s"] = _tiles(stages, sizes.block, like)
+            scratch[f"{name}_ready"] = plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages)
+            scratch[f"{name}_free"] = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+        return scratch
+
     def masks(self, mask: AttentionMask, by_key: bool = False) -> dict[str, Array]:
         """The kernels' arguments: of each tile of queries (or of keys) the blocks that it meets, and the ids of segments."""
         live, whole = (f(self.spec, mask, self.queries, self.keys) for f in (live_blocks, whole_blocks))
-        if self.keys.length % self.keys.size:
+        if self.keys.length % self.keys.size and not by_key:  # what tiles of keys find for keys over the end is not kept
             whole = whole.at[:, :, -1].set(False)
         if by_key:
             live, whole = live.swapaxes(1, 2), whole.swapaxes(1, 2)
@@ -168,10 +247,16 @@ def _divide(number: Array, by: int) -> tuple[Array, Array]:
     return lax.div(number, jnp.int32(by)), lax.rem(number, jnp.int32(by))
 
 
-def _tiles(count: int, rows: int, like: Array) -> Any:
-    """Shared memory of tiles `[rows, K]`, in the layout of matrix products."""
+def _tiles(count: int, rows: int, like: Array, width: int | None = None) -> Any:
+    """Shared memory of tiles `[rows, K]` in the dtype of `like`, in the layout of matrix products."""
     transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, rows, like.shape[-1]), like.dtype, transforms=transforms)
+    return plgpu.SMEM((count, rows, width or like.shape[-1]), like.dtype, transforms=transforms)
+
+
+def _held(**tiles: Any) -> Refs:
+    """Shared memory of tiles that stay, and their barriers."""
+    barriers = {f"{name}_ready": plgpu.Barrier(num_barriers=memory.shape[0]) for name, memory in tiles.items()}
+    return {f"{name}_s": memory for name, memory in tiles.items()} | barriers
 
 
 def _launch(name: str, kernel: Callable, order: _Order, arguments: dict[str, Array], results: Refs, scratch: Refs) -> Any:
@@ -200,6 +285,10 @@ COLUMN_LAYOUT = plgpu.Layout.WGMMA.reduce(0)
 
 def _full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> Array:
     return plgpu.layout_cast(jnp.full(shape, value, F32), layout)
+
+
+def _load(ref: Any, layout: Any) -> Array:
+    return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def _over(x: Array, shape: tuple[int, int], axis: int = 0) -> Array:
@@ -234,7 +323,21 @@ class _Meeting:
             return None
         ref = self.ref[name]
         row = jnp.int32(0) if ref.shape[0] == 1 else self.batch
-        return plgpu.load(ref.at[row, pl.ds(first, count)], layout=layout, optimized=False)
+        return _load(ref.at[row, pl.ds(first, count)], layout)
+
+    def head_and_block(self, i: Array) -> tuple[Array, Array]:
+        """Of the ith of the blocks of queries that a tile of keys meets, the head in its group, and the number."""
+        count = jnp.maximum(self.count, 1)
+        return lax.div(i, count), self.first + lax.rem(i, count)
+
+    def weights_by_key(self, products: Array, i: Array, k_at: Array, k_ids: Array | None, lse: Any) -> Array:
+        """Weights `[keys, queries]` of the ith block of queries, from its products and the log-sum-exp of its rows."""
+        _, number = self.head_and_block(i)
+        block = self.call.queries.size
+        q_at = number * block
+        ids = lambda: (k_ids, self.ids("q_ids", q_at, block, COLUMN_LAYOUT))
+        products = self.hidden(products, number, q_at, k_at, ids, by_key=True)
+        return jnp.exp2(products * (self.call.spec.scale * LOG2_E) - _over(_load(lse, COLUMN_LAYOUT), products.shape, 1))
 
     def hidden(
         self, logits: Array, number: Array, q_at: Array, k_at: Array, ids: Callable[[], tuple], by_key: bool = False
@@ -288,52 +391,89 @@ class _Meeting:
             yield column < keys.length - k_at
 
 
+def _slot(memory: Any, i: Array) -> Array:
+    return lax.rem(i, jnp.int32(memory.shape[0]))
+
+
+def _bring(ref: Refs, names: Sequence[str], count: Array, source: Callable[[str, Array], Any]) -> None:
+    """What the third warpgroup does: copy the `count` blocks `source(name, i)` of each array to its ring, as slots get free."""
+    plgpu.set_max_registers(40, action="decrease")
+
+    @pl.loop(0, count)
+    def _(i: Array) -> None:
+        for name in names:
+            slot = _slot(ref[f"{name}_s"], i)
+
+            @pl.when(i >= ref[f"{name}_s"].shape[0])
+            def _(name: str = name, slot: Array = slot) -> None:
+                plgpu.barrier_wait(ref[f"{name}_free"].at[slot])
+
+            for part in (name, WITH_ROWS[name]) if name in WITH_ROWS else (name,):
+                plgpu.copy_gmem_to_smem(source(part, i), ref[f"{part}_s"].at[slot], ref[f"{name}_ready"].at[slot])
+
+    for name in names:
+        _drain(ref[f"{name}_free"], count)
+
+
+def _drain(free: Any, count: Array) -> None:
+    """Wait until all slots are free after `count` turns: no barrier goes before its last arrival."""
+    slots = free.shape[0]
+
+    @pl.loop(jnp.maximum(count - slots, 0), count)
+    def _(i: Array) -> None:
+        plgpu.barrier_wait(free.at[_slot(free, i)])
+
+
+def _bring_keys(ref: Refs, meeting: _Meeting, group: Array) -> None:
+    block = meeting.call.keys.size
+    source = lambda name, i: ref[name].at[meeting.batch, pl.ds((meeting.first + i) * block, block), group]
+    _bring(ref, ("k", "v"), meeting.count, source)
+
+
+def _hold(ref: Refs, sources: dict[str, Any], slot: Any) -> list[Any]:
+    """Bring each array's tile to its slot, and wait for all."""
+    for name, source in sources.items():
+        plgpu.copy_gmem_to_smem(source, ref[f"{name}_s"].at[slot], ref[f"{name}_ready"].at[slot])
+    for name in sources:
+        plgpu.barrier_wait(ref[f"{name}_ready"].at[slot])
+    return [ref[f"{name}_s"].at[slot] for name in sources]
+
+
+def _hand_out(tiles: Sequence[tuple[Array, Any, Any]]) -> None:
+    """Each `(array, shared memory, destination)` by way of shared memory, in its dtype."""
+    for x, memory, _ in tiles:
+        memory[...] = x.astype(memory.dtype)
+    plgpu.commit_smem()
+    for _, memory, destination in tiles:
+        plgpu.copy_smem_to_gmem(memory, destination)
+    plgpu.wait_smem_to_gmem(0)
+
+
 def _forward_kernel(ref: Refs, call: _Call, order: _Order) -> None:
     unit, tile = order.here()
     batch, head = _divide(unit, call.heads)
     group, _ = _divide(head, call.repeats)
     warpgroup = lax.axis_index("warpgroup")
     meeting = _Meeting(ref, call, batch, tile)
-    stages, block = ref["k_s"].shape[0], call.keys.size
-    slot_of = lambda i: lax.rem(i, jnp.int32(stages))
-
-    @pl.when(warpgroup == WARPGROUPS)
-    def _() -> None:
-        plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, meeting.count)
-        def _(i: Array) -> None:
-            slot = slot_of(i)
-            for name in ("k", "v"):
-
-                @pl.when(i >= stages)
-                def _(name: str = name) -> None:
-                    plgpu.barrier_wait(ref[f"{name}_free"].at[slot])
-
-                source = ref[name].at[batch, pl.ds((meeting.first + i) * block, block), group]
-                plgpu.copy_gmem_to_smem(source, ref[f"{name}_s"].at[slot], ref[f"{name}_ready"].at[slot])
+    pl.when(warpgroup == WARPGROUPS)(functools.partial(_bring_keys, ref, meeting, group))
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(232, action="increase")
         rows = pl.ds(tile * call.queries.size + warpgroup * ROWS, ROWS)
-        q_s, lse_s = ref["q_s"].at[warpgroup], ref["lse_s"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(ref["q"].at[batch, rows, head], q_s, ref["q_ready"].at[warpgroup])
         q_ids = meeting.ids("q_ids", rows.start, ROWS, ROW_LAYOUT)
-        plgpu.barrier_wait(ref["q_ready"].at[warpgroup])
-        mixed, top, total = _softmax_loop(ref, call, meeting, q_s, rows.start, q_ids, slot_of)
+        [q_s] = _hold(ref, {"q": ref["q"].at[batch, rows, head]}, warpgroup)
+        mixed, top, total = _softmax_loop(ref, call, meeting, q_s, rows.start, q_ids)
         seen = total > 0
-        inverse = 1.0 / jnp.where(seen, total, 1.0)
-        q_s[...] = (mixed * _over(inverse, mixed.shape)).astype(q_s.dtype)
-        lse_s[...] = jnp.where(seen, top * LN_2 + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, ref["out"].at[batch, rows, head])
-        plgpu.copy_smem_to_gmem(lse_s, ref["lse"].at[batch, head, rows])
-        plgpu.wait_smem_to_gmem(0)
+        divisor = jnp.where(seen, total, 1.0)
+        mixed = mixed * _over(1.0 / divisor, mixed.shape)
+        log_sum = jnp.where(seen, top * LN_2 + jnp.log(divisor), -jnp.inf)
+        lse_s = ref["lse_s"].at[warpgroup]
+        _hand_out([(mixed, q_s, ref["out"].at[batch, rows, head]), (log_sum, lse_s, ref["lse"].at[batch, head, rows])])
 
 
 def _softmax_loop(
-    ref: Refs, call: _Call, meeting: _Meeting, q_s: Any, q_at: Array, q_ids: Array | None, slot_of: Callable
+    ref: Refs, call: _Call, meeting: _Meeting, q_s: Any, q_at: Array, q_ids: Array | None
 ) -> tuple[Array, Array, Array]:
     """One warpgroup's running output, and the maximum and the sum of each row's weights, to base 2."""
     width, block = q_s.shape[1], call.keys.size
@@ -346,7 +486,7 @@ def _softmax_loop(
 
     def step(i: Array, running: tuple[Array, ...]) -> tuple[Array, ...]:
         mixed, top, total = running
-        slot, number = slot_of(i), meeting.first + i
+        slot, number = _slot(ref["k_s"], i), meeting.first + i
         [products] = _multiply([(_full(shape, 0.0), q_s, ref["k_s"].at[slot].transpose((1, 0)))], meet)
         plgpu.barrier_arrive(ref["k_free"].at[slot])
         k_at = number * block
@@ -367,7 +507,7 @@ def _softmax_loop(
         def wait_for_next() -> None:
             @pl.when(i + 1 < meeting.count)
             def _() -> None:
-                plgpu.barrier_wait(ref["k_ready"].at[slot_of(i + 1)])
+                plgpu.barrier_wait(ref["k_ready"].at[_slot(ref["k_s"], i + 1)])
 
         [mixed] = _multiply([(mixed, narrow, ref["v_s"].at[slot])], wait_for_next)
         plgpu.barrier_arrive(ref["v_free"].at[slot])
@@ -382,3 +522,161 @@ def _softmax_loop(
     found = lax.fori_loop(jnp.int32(0), meeting.count, step, start)
     pl.when(warpgroup == 0)(meet)
     return found
+
+
+def _query_gradient_kernel(ref: Refs, call: _Call, order: _Order) -> None:
+    unit, tile = order.here()
+    batch, head = _divide(unit, call.heads)
+    group, _ = _divide(head, call.repeats)
+    warpgroup = lax.axis_index("warpgroup")
+    meeting = _Meeting(ref, call, batch, tile)
+    pl.when(warpgroup == WARPGROUPS)(functools.partial(_bring_keys, ref, meeting, group))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        rows = pl.ds(tile * call.queries.size + warpgroup * ROWS, ROWS)
+        q_ids = meeting.ids("q_ids", rows.start, ROWS, ROW_LAYOUT)
+        lse, inner = (_load(ref[name].at[batch, head, rows], ROW_LAYOUT) for name in ("lse", "inner"))
+        q_s, d_out_s = _hold(ref, {name: ref[name].at[batch, rows, head] for name in ("q", "d_out")}, warpgroup)
+        block = call.keys.size
+        zeros = _full((ROWS, block), 0.0)
+
+        def step(i: Array, d_q: Array) -> Array:
+            number, slot, v_slot = meeting.first + i, _slot(ref["k_s"], i), _slot(ref["v_s"], i)
+            k_s, v_s = ref["k_s"].at[slot], ref["v_s"].at[v_slot]
+            plgpu.barrier_wait(ref["k_ready"].at[slot])
+            plgpu.barrier_wait(ref["v_ready"].at[v_slot])
+            products, d_weights = _multiply(
+                [(zeros, q_s, k_s.transpose((1, 0))), (zeros, d_out_s, v_s.transpose((1, 0)))]
+            )
+            plgpu.barrier_arrive(ref["v_free"].at[v_slot])
+            k_at = number * block
+            ids = lambda: (q_ids, meeting.ids("k_ids", k_at, block, COLUMN_LAYOUT))
+            products = meeting.hidden(products, number, rows.start, k_at, ids)
+            weights = jnp.exp2(products * (call.spec.scale * LOG2_E) - _over(lse, zeros.shape))
+            d_logits = weights * (d_weights - _over(inner, zeros.shape))
+            [d_q] = _multiply([(d_q, d_logits.astype(q_s.dtype), k_s)])
+            plgpu.barrier_arrive(ref["k_free"].at[slot])
+            return d_q
+
+        d_q = lax.fori_loop(jnp.int32(0), meeting.count, step, _full(q_s.shape, 0.0))
+        _hand_out([(d_q * call.spec.scale, q_s, ref["d_q"].at[batch, rows, head])])
+
+
+def _bring_queries(ref: Refs, meeting: _Meeting, group: Array) -> None:
+    """The blocks of queries of each head of the group, one head after the other."""
+    block = meeting.call.queries.size
+
+    def source(name: str, i: Array) -> Any:
+        head, number = meeting.head_and_block(i)
+        head, tokens = group * meeting.call.repeats + head, pl.ds(number * block, block)
+        return ref[name].at[(meeting.batch, head, tokens) if name in ("lse", "inner") else (meeting.batch, tokens, head)]
+
+    _bring(ref, ("q", "d_out"), meeting.count * meeting.call.repeats, source)
+
+
+def _key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
+    unit, tile = order.here()
+    batch, group = _divide(unit, call.groups)
+    warpgroup = lax.axis_index("warpgroup")
+    meeting = _Meeting(ref, call, batch, tile)
+    pl.when(warpgroup == WARPGROUPS)(functools.partial(_bring_queries, ref, meeting, group))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        rows = pl.ds(tile * call.keys.size + warpgroup * ROWS, ROWS)
+        k_ids = meeting.ids("k_ids", rows.start, ROWS, ROW_LAYOUT)
+        k_s, v_s = _hold(ref, {name: ref[name].at[batch, rows, group] for name in ("k", "v")}, warpgroup)
+        zeros = _full((ROWS, call.queries.size), 0.0)
+
+        def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            d_k, d_v = sums
+            slot, d_slot = _slot(ref["q_s"], i), _slot(ref["d_out_s"], i)
+            q_s, d_out_s = ref["q_s"].at[slot], ref["d_out_s"].at[d_slot]
+            plgpu.barrier_wait(ref["q_ready"].at[slot])
+            plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
+            products, d_weights = _multiply(
+                [(zeros, k_s, q_s.transpose((1, 0))), (zeros, v_s, d_out_s.transpose((1, 0)))]
+            )
+            weights = meeting.weights_by_key(products, i, rows.start, k_ids, ref["lse_s"].at[slot])
+            inner = _load(ref["inner_s"].at[d_slot], COLUMN_LAYOUT)
+            d_logits = weights * (d_weights - _over(inner, zeros.shape, 1))
+            d_v, d_k = _multiply(
+                [(d_v, weights.astype(q_s.dtype), d_out_s), (d_k, d_logits.astype(q_s.dtype), q_s)]
+            )
+            plgpu.barrier_arrive(ref["q_free"].at[slot])
+            plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
+            return d_k, d_v
+
+        start = _full(k_s.shape, 0.0), _full(v_s.shape, 0.0)
+        d_k, d_v = lax.fori_loop(jnp.int32(0), meeting.count * call.repeats, step, start)
+        place = (batch, rows, group)
+        _hand_out([(d_k * call.spec.scale, k_s, ref["d_k"].at[place]), (d_v, v_s, ref["d_v"].at[place])])
+
+
+def _wide_key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
+    """Heads so wide that the registers of one warpgroup hold one gradient: the first warpgroup finds that of the values and
+    hands the weights to the second, which finds that of the keys."""
+    unit, tile = order.here()
+    batch, group = _divide(unit, call.groups)
+    warpgroup = lax.axis_index("warpgroup")
+    meeting = _Meeting(ref, call, batch, tile)
+    rows = pl.ds(tile * call.keys.size, ROWS)
+    place = (batch, rows, group)
+    zeros = lambda: _full((ROWS, call.queries.size), 0.0)
+    run = lambda step: lax.fori_loop(
+        jnp.int32(0), meeting.count * call.repeats, step, _full((ROWS, call.width), 0.0)
+    )
+    pl.when(warpgroup == WARPGROUPS)(functools.partial(_bring_queries, ref, meeting, group))
+
+    @pl.when(warpgroup == 0)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        k_ids = meeting.ids("k_ids", rows.start, ROWS, ROW_LAYOUT)
+        [k_s] = _hold(ref, {"k": ref["k"].at[place]}, 0)
+
+        def step(i: Array, d_v: Array) -> Array:
+            slot, d_slot, shared = (_slot(ref[name], i) for name in ("q_s", "d_out_s", "weights_s"))
+            plgpu.barrier_wait(ref["q_ready"].at[slot])
+            [products] = _multiply([(zeros(), k_s, ref["q_s"].at[slot].transpose((1, 0)))])
+            weights = meeting.weights_by_key(products, i, rows.start, k_ids, ref["lse_s"].at[slot]).astype(k_s.dtype)
+            plgpu.barrier_arrive(ref["q_free"].at[slot])
+
+            @pl.when(i >= SHARED_WEIGHTS)
+            def _() -> None:
+                plgpu.barrier_wait(ref["weights_free"].at[shared])
+
+            ref["weights_s"].at[shared][...] = weights
+            plgpu.barrier_arrive(ref["weights_ready"].at[shared])
+            plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
+            [d_v] = _multiply([(d_v, weights, ref["d_out_s"].at[d_slot])])
+            plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
+            return d_v
+
+        d_v = run(step)
+        _drain(ref["weights_free"], meeting.count * call.repeats)
+        _hand_out([(d_v, k_s, ref["d_v"].at[place])])
+
+    @pl.when(warpgroup == 1)
+    def _() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        [v_s] = _hold(ref, {"v": ref["v"].at[place]}, 0)
+
+        def step(i: Array, d_k: Array) -> Array:
+            slot, d_slot, shared = (_slot(ref[name], i) for name in ("q_s", "d_out_s", "weights_s"))
+            plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
+            [d_weights] = _multiply([(zeros(), v_s, ref["d_out_s"].at[d_slot].transpose((1, 0)))])
+            inner = _load(ref["inner_s"].at[d_slot], COLUMN_LAYOUT)
+            plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
+            plgpu.barrier_wait(ref["weights_ready"].at[shared])
+            weights = _load(ref["weights_s"].at[shared], plgpu.Layout.WGMMA).astype(F32)
+            plgpu.barrier_arrive(ref["weights_free"].at[shared])
+            d_logits = weights * (d_weights - _over(inner, weights.shape, 1))
+            plgpu.barrier_wait(ref["q_ready"].at[slot])
+            [d_k] = _multiply([(d_k, d_logits.astype(v_s.dtype), ref["q_s"].at[slot])])
+            plgpu.barrier_arrive(ref["q_free"].at[slot])
+            return d_k
+
+        _hand_out([(run(step) * call.spec.scale, v_s, ref["d_k"].at[place])])

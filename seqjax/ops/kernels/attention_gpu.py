@@ -395,6 +395,13 @@ def _slot(memory: Any, i: Array) -> Array:
     return lax.rem(i, jnp.int32(memory.shape[0]))
 
 
+def _anew(memory: Any, slot: Any) -> Any:
+    """`memory.at[slot]`, whose address the compiler does not know before this point: it would find the descriptors of all
+    products before a loop, and spill them. The index of the warpgroup is a shuffle, which stays where it is."""
+    zero = lax.div(lax.axis_index("warpgroup"), jnp.int32(WARPGROUPS + 1))
+    return memory.at[slot + zero]
+
+
 def _bring(ref: Refs, names: Sequence[str], count: Array, source: Callable[[str, Array], Any]) -> None:
     """What the third warpgroup does: copy the `count` blocks `source(name, i)` of each array to its ring, as slots get free."""
     plgpu.set_max_registers(40, action="decrease")
@@ -538,13 +545,14 @@ def _query_gradient_kernel(ref: Refs, call: _Call, order: _Order) -> None:
         rows = pl.ds(tile * call.queries.size + warpgroup * ROWS, ROWS)
         q_ids = meeting.ids("q_ids", rows.start, ROWS, ROW_LAYOUT)
         lse, inner = (_load(ref[name].at[batch, head, rows], ROW_LAYOUT) for name in ("lse", "inner"))
-        q_s, d_out_s = _hold(ref, {name: ref[name].at[batch, rows, head] for name in ("q", "d_out")}, warpgroup)
+        held, _ = _hold(ref, {name: ref[name].at[batch, rows, head] for name in ("q", "d_out")}, warpgroup)
         block = call.keys.size
         zeros = _full((ROWS, block), 0.0)
 
         def step(i: Array, d_q: Array) -> Array:
             number, slot, v_slot = meeting.first + i, _slot(ref["k_s"], i), _slot(ref["v_s"], i)
-            k_s, v_s = ref["k_s"].at[slot], ref["v_s"].at[v_slot]
+            k_s, v_s = ref["k_s"].at[slot], _anew(ref["v_s"], v_slot)
+            q_s, d_out_s = (_anew(ref[name], warpgroup) for name in ("q_s", "d_out_s"))
             plgpu.barrier_wait(ref["k_ready"].at[slot])
             plgpu.barrier_wait(ref["v_ready"].at[v_slot])
             products, d_weights = _multiply(
@@ -560,8 +568,8 @@ def _query_gradient_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             plgpu.barrier_arrive(ref["k_free"].at[slot])
             return d_q
 
-        d_q = lax.fori_loop(jnp.int32(0), meeting.count, step, _full(q_s.shape, 0.0))
-        _hand_out([(d_q * call.spec.scale, q_s, ref["d_q"].at[batch, rows, head])])
+        d_q = lax.fori_loop(jnp.int32(0), meeting.count, step, _full(held.shape, 0.0))
+        _hand_out([(d_q * call.spec.scale, held, ref["d_q"].at[batch, rows, head])])
 
 
 def _bring_queries(ref: Refs, meeting: _Meeting, group: Array) -> None:
@@ -588,13 +596,14 @@ def _key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
         plgpu.set_max_registers(232, action="increase")
         rows = pl.ds(tile * call.keys.size + warpgroup * ROWS, ROWS)
         k_ids = meeting.ids("k_ids", rows.start, ROWS, ROW_LAYOUT)
-        k_s, v_s = _hold(ref, {name: ref[name].at[batch, rows, group] for name in ("k", "v")}, warpgroup)
+        held_k, held_v = _hold(ref, {name: ref[name].at[batch, rows, group] for name in ("k", "v")}, warpgroup)
         zeros = _full((ROWS, call.queries.size), 0.0)
 
         def step(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
             d_k, d_v = sums
             slot, d_slot = _slot(ref["q_s"], i), _slot(ref["d_out_s"], i)
             q_s, d_out_s = ref["q_s"].at[slot], ref["d_out_s"].at[d_slot]
+            k_s, v_s = (_anew(ref[name], warpgroup) for name in ("k_s", "v_s"))
             plgpu.barrier_wait(ref["q_ready"].at[slot])
             plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
             products, d_weights = _multiply(
@@ -610,10 +619,10 @@ def _key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
             return d_k, d_v
 
-        start = _full(k_s.shape, 0.0), _full(v_s.shape, 0.0)
+        start = (_full(held_k.shape, 0.0),) * 2
         d_k, d_v = lax.fori_loop(jnp.int32(0), meeting.count * call.repeats, step, start)
         place = (batch, rows, group)
-        _hand_out([(d_k * call.spec.scale, k_s, ref["d_k"].at[place]), (d_v, v_s, ref["d_v"].at[place])])
+        _hand_out([(d_k * call.spec.scale, held_k, ref["d_k"].at[place]), (d_v, held_v, ref["d_v"].at[place])])
 
 
 def _wide_key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:

@@ -7,9 +7,10 @@ al. 2023; G = 1 is multi-query), query head h reads key head `h // (H / G)`.
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from seqjax.ops import blockwise_attention
 from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, distances, visible
-from seqjax.ops.dispatch import dispatch
+from seqjax.ops.dispatch import dispatch, undivided_mesh
 from seqjax.ops.softmax import SoftmaxSums, merge_sums
 
 
@@ -57,8 +58,9 @@ def flash_attention(
       sinks: per head, the logit of a key without value: it joins the sum of each softmax, no mask hides it (gpt-oss, 2025).
       scale: default `1 / sqrt(K)`.
       return_lse: also give the log of each softmax's sum, of the sink too, in at least float32, for `merge_attention`.
-      implementation: "xla" (memory linear in length), "reference" (plain, materialises all pairs), or None for the
-        platform's fastest.
+      implementation: "xla" (memory linear in length), "pallas_gpu" (Hopper; half precision, heads of width 64, 128 or 256),
+        "cudnn" (half precision, causal or no mask, no log-sum-exp), "reference" (plain, materialises all pairs), or None
+        for the platform's fastest.
     Returns:
       In the dtype of `v`; a query that may see no key gets zeros, and without a sink its log-sum-exp is -inf.
     Raises:
@@ -75,7 +77,12 @@ def flash_attention(
     spec = AttentionSpec(causal, window, static_offset, scale, softcap)
     offsets = None if static_offset is not None else jnp.atleast_1d(q_offset)
     mask = AttentionMask(offsets, kv_positions, segment_ids, alibi_slopes)
+    needs_lse = return_lse or sinks is not None
     available = {"xla": functools.partial(_attend, XLA, spec), "reference": functools.partial(_reference, spec)}
+    if _pallas_gpu_serves(spec, mask, q, k, v, bias):
+        available["pallas_gpu"] = functools.partial(_attend, PALLAS_GPU, spec)
+    if not needs_lse and _cudnn_serves(spec, mask, q, k, v, bias):
+        available["cudnn"] = functools.partial(_cudnn, spec)
     out, lse = dispatch(implementation, available, mask, q, k, v, bias)
     if sinks is not None:
         nothing = jnp.zeros((1, 1, 1, 1), out.dtype)
@@ -165,7 +172,57 @@ class Kernel(NamedTuple):
     backward: Callable
 
 
+def _kernel(platform: str) -> Kernel:
+    """A platform's kernel. Its module loads the platform's compiler, so it is not imported before it runs."""
+
+    def run(name: str, *arguments: Any) -> Any:
+        return getattr(importlib.import_module(f"seqjax.ops.kernels.attention_{platform}"), name)(*arguments)
+
+    return Kernel(functools.partial(run, "forward"), functools.partial(run, "backward"))
+
+
 XLA = Kernel(blockwise_attention.forward, blockwise_attention.backward)
+PALLAS_GPU = _kernel("gpu")
+GPU_WIDTHS = (64, 128, 256)
+"""Widths of heads that the GPU kernel serves."""
+HOPPER = (9, 0)
+
+
+def _pallas_gpu_serves(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
+    """Whether the GPU kernel computes this call: only Hopper has its matrix instructions."""
+    if jax.__version_info__ < (0, 11) or not undivided_mesh() or spec.softcap is not None or spec.scale <= 0:
+        return False
+    plain = bias is None and mask.alibi_slopes is None and mask.kv_positions is None
+    sizes = q.shape[1] > 1 and k.shape[1] > 0 and q.shape[3] == v.shape[3] and q.shape[3] in GPU_WIDTHS
+    return plain and sizes and _half_precision(q, k, v) and _compute_capability() in (None, HOPPER)
+
+
+def _cudnn_serves(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
+    """Whether cuDNN computes this call, without a log-sum-exp: its own is in the dtype of the output."""
+    plain = bias is None and spec.window is None and spec.softcap is None and all(a is None for a in mask)
+    placed = spec.q_offset == 0 or (not spec.causal and spec.q_offset is not None)
+    capability = _compute_capability() or HOPPER
+    widest = 256 if capability >= HOPPER else 128
+    sizes = q.shape[1] > 1 and k.shape[1] > 0 and q.shape[3] == v.shape[3] <= widest and q.shape[3] % 8 == 0
+    return plain and placed and sizes and _half_precision(q, k, v) and capability >= (8, 0)
+
+
+def _half_precision(*arrays: Array) -> bool:
+    [dtype, *others] = {a.dtype for a in arrays}
+    return not others and dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _compute_capability() -> tuple[int, ...] | None:
+    """Of this process's GPU; None where it has none, and compiles for another machine."""
+    if jax.default_backend() != "gpu":
+        return None
+    return tuple(map(int, jax.devices()[0].compute_capability.split(".")))
+
+
+def _cudnn(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+    """The output, and in place of the log-sum-exp, for which nobody asked, no number."""
+    out = jax.nn.dot_product_attention(q, k, v, scale=spec.scale, is_causal=spec.causal, implementation="cudnn")
+    return out, jnp.full(q.shape[:3], jnp.nan, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -76,9 +76,7 @@ BACKWARD_KEYS = {64: _Sizes(64, (3, 3)), 128: _Sizes(64, (3, 3)), 256: _Sizes(64
 WIDTHS = tuple(FORWARD)
 
 
-def forward(
-    spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None
-) -> tuple[Array, Array]:
+def forward(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
     """Output `[B, T, H, K]` in the dtype of `v`, and each row's log-sum-exp `[B, T, H]` float32."""
     sizes = FORWARD[q.shape[-1]]
     call = _Call.of(spec, mask, q, k, WARPGROUPS * ROWS, sizes.block)
@@ -100,7 +98,7 @@ def backward(
 ) -> tuple[Array, Array, Array, Array | None]:
     """Cotangents of `operands = (q, k, v, bias)` from those of `outputs = (out, log_sum)` of `forward`."""
     q, k, v, _ = operands
-    log_sum, inner = row_terms(outputs, cotangents, F32)
+    log_sum, inner = row_terms(outputs, cotangents, jnp.dtype(F32))
     # A row that sees no key has weights of zero, and so have rows over the end.
     log_sum = jnp.where(outputs[1] > -jnp.inf, log_sum * LOG2_E, jnp.inf)
     more = -q.shape[1] % (WARPGROUPS * ROWS)
@@ -113,7 +111,7 @@ def backward(
 
 
 def _query_gradient(spec: AttentionSpec, mask: AttentionMask, arguments: dict[str, Array]) -> Array:
-    q, k, v, d_out = (arguments[name] for name in ("q", "k", "v", "d_out"))
+    q, k, v = (arguments[name] for name in ("q", "k", "v"))
     sizes = BACKWARD_QUERIES[q.shape[-1]]
     call = _Call.of(spec, mask, q, k, WARPGROUPS * ROWS, sizes.block)
     held = _tiles(WARPGROUPS, ROWS, q)
@@ -555,9 +553,7 @@ def _query_gradient_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             q_s, d_out_s = (_anew(ref[name], warpgroup) for name in ("q_s", "d_out_s"))
             plgpu.barrier_wait(ref["k_ready"].at[slot])
             plgpu.barrier_wait(ref["v_ready"].at[v_slot])
-            products, d_weights = _multiply(
-                [(zeros, q_s, k_s.transpose((1, 0))), (zeros, d_out_s, v_s.transpose((1, 0)))]
-            )
+            products, d_weights = _multiply([(zeros, q_s, k_s.transpose((1, 0))), (zeros, d_out_s, v_s.transpose((1, 0)))])
             plgpu.barrier_arrive(ref["v_free"].at[v_slot])
             k_at = number * block
             ids = lambda: (q_ids, meeting.ids("k_ids", k_at, block, COLUMN_LAYOUT))
@@ -606,15 +602,11 @@ def _key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             k_s, v_s = (_anew(ref[name], warpgroup) for name in ("k_s", "v_s"))
             plgpu.barrier_wait(ref["q_ready"].at[slot])
             plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
-            products, d_weights = _multiply(
-                [(zeros, k_s, q_s.transpose((1, 0))), (zeros, v_s, d_out_s.transpose((1, 0)))]
-            )
+            products, d_weights = _multiply([(zeros, k_s, q_s.transpose((1, 0))), (zeros, v_s, d_out_s.transpose((1, 0)))])
             weights = meeting.weights_by_key(products, i, rows.start, k_ids, ref["lse_s"].at[slot])
             inner = _load(ref["inner_s"].at[d_slot], COLUMN_LAYOUT)
             d_logits = weights * (d_weights - _over(inner, zeros.shape, 1))
-            d_v, d_k = _multiply(
-                [(d_v, weights.astype(q_s.dtype), d_out_s), (d_k, d_logits.astype(q_s.dtype), q_s)]
-            )
+            d_v, d_k = _multiply([(d_v, weights.astype(q_s.dtype), d_out_s), (d_k, d_logits.astype(q_s.dtype), q_s)])
             plgpu.barrier_arrive(ref["q_free"].at[slot])
             plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
             return d_k, d_v
@@ -635,9 +627,7 @@ def _wide_key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
     rows = pl.ds(tile * call.keys.size, ROWS)
     place = (batch, rows, group)
     zeros = lambda: _full((ROWS, call.queries.size), 0.0)
-    run = lambda step: lax.fori_loop(
-        jnp.int32(0), meeting.count * call.repeats, step, _full((ROWS, call.width), 0.0)
-    )
+    run = lambda step: lax.fori_loop(jnp.int32(0), meeting.count * call.repeats, step, _full((ROWS, call.width), 0.0))
     pl.when(warpgroup == WARPGROUPS)(functools.partial(_bring_queries, ref, meeting, group))
 
     @pl.when(warpgroup == 0)

@@ -97,7 +97,7 @@ def assert_near(got, want, tolerance, name):
     finite = np.isfinite(want)
     got = np.asarray(got, np.float64)
     assert (got[~finite] == want[~finite]).all(), name
-    error = np.abs(got - want)[finite].max() / np.abs(want[finite]).max()
+    error = np.abs(got[finite] - want[finite]).max() / np.abs(want[finite]).max()
     assert error <= tolerance, f"{name}: {error:.1e}"
 
 

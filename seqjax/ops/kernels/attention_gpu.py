@@ -435,6 +435,13 @@ def _bring_keys(ref: Refs, meeting: _Meeting, group: Array) -> None:
     _bring(ref, ("k", "v"), meeting.count, source)
 
 
+def _release(*free: Any) -> None:
+    """Slots from which threads themselves have read, not only products, may be written by copies."""
+    plgpu.commit_smem()
+    for barrier in free:
+        plgpu.barrier_arrive(barrier)
+
+
 def _hold(ref: Refs, sources: dict[str, Any], slot: Any) -> list[Any]:
     """Bring each array's tile to its slot, and wait for all."""
     for name, source in sources.items():
@@ -607,8 +614,7 @@ def _key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             inner = _load(ref["inner_s"].at[d_slot], COLUMN_LAYOUT)
             d_logits = weights * (d_weights - _over(inner, zeros.shape, 1))
             d_v, d_k = _multiply([(d_v, weights.astype(q_s.dtype), d_out_s), (d_k, d_logits.astype(q_s.dtype), q_s)])
-            plgpu.barrier_arrive(ref["q_free"].at[slot])
-            plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
+            _release(ref["q_free"].at[slot], ref["d_out_free"].at[d_slot])
             return d_k, d_v
 
         start = (_full(held_k.shape, 0.0),) * 2
@@ -641,7 +647,7 @@ def _wide_key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             plgpu.barrier_wait(ref["q_ready"].at[slot])
             [products] = _multiply([(zeros(), k_s, ref["q_s"].at[slot].transpose((1, 0)))])
             weights = meeting.weights_by_key(products, i, rows.start, k_ids, ref["lse_s"].at[slot]).astype(k_s.dtype)
-            plgpu.barrier_arrive(ref["q_free"].at[slot])
+            _release(ref["q_free"].at[slot])
 
             @pl.when(i >= SHARED_WEIGHTS)
             def _() -> None:
@@ -668,7 +674,7 @@ def _wide_key_gradients_kernel(ref: Refs, call: _Call, order: _Order) -> None:
             plgpu.barrier_wait(ref["d_out_ready"].at[d_slot])
             [d_weights] = _multiply([(zeros(), v_s, ref["d_out_s"].at[d_slot].transpose((1, 0)))])
             inner = _load(ref["inner_s"].at[d_slot], COLUMN_LAYOUT)
-            plgpu.barrier_arrive(ref["d_out_free"].at[d_slot])
+            _release(ref["d_out_free"].at[d_slot])
             plgpu.barrier_wait(ref["weights_ready"].at[shared])
             weights = _load(ref["weights_s"].at[shared], plgpu.Layout.WGMMA).astype(F32)
             plgpu.barrier_arrive(ref["weights_free"].at[shared])

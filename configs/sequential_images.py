@@ -1,4 +1,4 @@
-"""Images pixel by pixel, classified by a small recurrent model: sMNIST, pMNIST, sCIFAR.
+"""Images pixel by pixel, classified by a small recurrent model, or a Transformer: sMNIST, pMNIST, sCIFAR.
 
 The argument names the mixer and the data, `--config=configs/sequential_images.py:s4d,smnist` (the default). The images come
 through TFDS, or from a folder given with `--config.data.manual_dir=...`. Sizes suit two CPU cores: an epoch and a half of
@@ -9,6 +9,7 @@ from seqjax import ConfigError, experiment_config
 from seqjax.config import choose
 
 MODELS = {
+    "aaren": {"num_heads": 4},
     "dss": {"state_dim": 16},
     "gss": {"state_dim": 16, "inner_dim": 32},
     "hydra": {"state_dim": 16, "head_dim": 16, "causal": False},
@@ -20,6 +21,7 @@ MODELS = {
     "s4d": {"state_dim": 32},
     "s5": {"state_dim": 64},
     "spacetime": {"state_dim": 32},
+    "transformer": {"num_heads": 4, "position": "sinusoidal"},
 }
 DATA = {
     "smnist": {"dataset": "mnist"},

@@ -54,7 +54,7 @@ def report(workdirs: list[pathlib.Path], out: pathlib.Path) -> None:
     ]
     summary = {"unit": task.loss_unit, "runs": len(rows), "baselines": task.baselines()}
     if set(varied) <= {"training.seed", "data.seed"}:
-        scores = [key for key in rows[0] if key.endswith(("_loss", "_accuracy", "_mae"))]
+        scores = [key for key in rows[0] if key.endswith(("_loss", "_accuracy", "_mae", "_rmse"))]
         summary |= {key: _mean_and_error([row[key] for row in rows]) for key in scores}
     where = {key: configs[0]["data"].get(key) for key in getattr(task, "locations", ())}
     config = {name: {k: v for k, v in section.items() if k not in where} for name, section in configs[0].items()}
@@ -89,7 +89,7 @@ def _final(run: list[dict[str, Any]], workdir: pathlib.Path) -> dict[str, Any]:
     splits = {"validation": scores[-1]}
     for path in sorted(workdir.glob("evaluation_*.json")):
         splits.setdefault(path.stem.removeprefix("evaluation_"), json.loads(path.read_text()))
-    kinds = ("loss", "accuracy", "mae")
+    kinds = ("loss", "accuracy", "mae", "rmse")
     found = {f"{split}_{kind}": record[kind] for split, record in splits.items() for kind in kinds if kind in record}
     return {"step": scores[-1]["step"], **found, "tokens_per_second": speed}
 

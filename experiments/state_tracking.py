@@ -5,14 +5,18 @@ python experiments/state_tracking.py --tasks parity s3 --models lstm mamba --see
 
 Models and recipe are those of `configs/state_tracking.py`. All seeds and learning rates of a model train in one program, on
 sequences that are drawn as they are needed; each seed's score is that of the best rate of the model on the trained length.
+The record grows by a model at a time: called again with the same settings, the command trains only what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import pathlib
 import runpy
+import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -73,22 +77,30 @@ def make_trainer(model: str, task: str, args: argparse.Namespace) -> Any:
     return jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))
 
 
-def compare(args: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row per task and model, and all accuracies `{task: {model: [rates][seeds][2]}}`."""
-    rows, found = [], {task: {} for task in args.tasks}
+def train_all(args: argparse.Namespace, found: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Fill `found`, `{task: {model: {"seconds", "accuracies": [rates][seeds][2]}}}`, with what it lacks, one at a time."""
     rates, keys = jnp.array(args.rates), jax.random.split(jax.random.key(0), args.seeds)
     for task in args.tasks:
         for model in args.models:
-            start = time.perf_counter()
-            scores = np.asarray(make_trainer(model, task, args)(rates, keys), np.float64)
-            found[task][model] = scores.tolist()
+            if model not in found.setdefault(task, {}):
+                start = time.perf_counter()
+                scores = np.asarray(make_trainer(model, task, args)(rates, keys), np.float64)
+                found[task][model] = {"seconds": time.perf_counter() - start, "accuracies": scores.tolist()}
+                yield
+
+
+def summary(found: dict[str, dict[str, Any]], rates: list[float]) -> list[dict[str, Any]]:
+    """One row per task and model, of the rate that is best on the trained length."""
+    rows = []
+    for task, models in found.items():
+        for model, result in models.items():
+            scores = np.array(result["accuracies"])
             best = int(np.argmax(scores[:, :, 0].mean(axis=1)))
             within, beyond = scores[best].T
-            row = {"task": task, "model": model, "rate": args.rates[best], "to_16": float(within.mean())}
+            row = {"task": task, "model": model, "rate": rates[best], "to_16": float(within.mean())}
             row |= {"beyond": float(beyond.mean()), "worst_seed": float(beyond.min()), "best_seed": float(beyond.max())}
-            rows.append(row | {"seconds": time.perf_counter() - start})
-            print(rows[-1], flush=True)
-    return rows, found
+            rows.append(row | {"seconds": result["seconds"]})
+    return rows
 
 
 def main() -> None:
@@ -101,13 +113,20 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args()
-    origin = provenance()
-    rows, accuracies = compare(args)
-    print(table(rows))
-    if args.out:
-        settings = {name: getattr(args, name) for name in (*sizes, "rates")}
-        floors = {task: 1 / len(product_table(*GROUPS[CONFIG["TASKS"][task].get("group", "S2")])) for task in args.tasks}
-        write_record(args.out, origin, rows, settings=settings, guessing=floors, accuracies=accuracies)
+    origin, found = provenance(), {}
+    settings = {name: getattr(args, name) for name in (*sizes, "rates")}
+    if args.out and args.out.exists():
+        record = json.loads(args.out.read_text())
+        if record["settings"] != settings:
+            sys.exit(f"{args.out} was made with {record['settings']}, not {settings}; give another --out, or delete it.")
+        found = record["found"]
+    floors = {task: 1 / len(product_table(*GROUPS[CONFIG["TASKS"][task].get("group", "S2")])) for task in CONFIG["TASKS"]}
+    for _ in train_all(args, found):
+        rows = summary(found, args.rates)
+        print(rows[-1], flush=True)
+        if args.out:
+            write_record(args.out, origin, rows, settings=settings, guessing=floors, found=found)
+    print(table(summary(found, args.rates)))
 
 
 if __name__ == "__main__":

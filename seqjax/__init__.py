@@ -24,6 +24,7 @@ from typing import Any
 
 _HOMES = {
     "ConfigError": "seqjax.config",
+    "DiffusionForcing": "seqjax.generation.diffusion_forcing",
     "as_nnx": "seqjax.interop.nnx",
     "build": "seqjax.registry",
     "example_config": "seqjax.registry",

@@ -41,7 +41,10 @@ MIXER_VARIANTS = {
     "gru": [{"hidden_dim": 5}],
     "gss": [{"state_dim": 4, "inner_dim": 3, "implementation": "convolution"}],
     "hydra": [{"state_dim": 4, "head_dim": 4, "num_groups": 2, "conv_width": 3, "chunk_size": 4, "conv_bias": False}],
-    "lightnet": [{"initial_unit": True, "chunk_size": 4, "num_heads": 2, "gate_rank": 3}],
+    "lightnet": [
+        {"initial_unit": True, "chunk_size": 4, "num_heads": 2, "gate_rank": 3, "shape": (2, 3)},
+        {"causal": False, "shape": (2, 2, 2), "chunk_size": 4},
+    ],
     "linear_transformer": [
         {"chunk_size": 4, "feature_map": "taylor"},
         {"normalize": False, "feature_map": "identity", "head_norm": "rms", "num_heads": 2, "implementation": "reference"},
@@ -85,6 +88,7 @@ MIXER_VARIANTS = {
         {"state_dim": 2, "preprocess": True},
         {"state_dim": 4, "causal": False},
     ],
+    "tpe": [{"shape": (2, 3)}, {"shape": (2, 2, 2), "num_heads": 2}],
 }
 """Options beside the defaults under which a mixer is held to the contract as well."""
 

@@ -86,7 +86,12 @@ def test_every_config_is_in_the_readme_and_builds():
             if not fits(config.model.head, head):
                 decided["head"] = head
             inputs = jax.ShapeDtypeStruct((2, length, 3), np.float32)
-            wanted = {"classifier": (2, 10), "forecast": (2, decided["horizon"], 3), "regression": (2, length, 3)}[head]
+            wanted = {
+                "classifier": (2, 10),
+                "forecast": (2, decided["horizon"], 3),
+                "regression": (2, length, 3),
+                "point_process": (2, length, 3 * config.model.get("mixture_components", 0) + 3),
+            }[head]
         with config.model.ignore_type():
             config.model.update({key: value for key, value in decided.items() if key in config.model})
         model = seqjax.build(config)

@@ -35,18 +35,19 @@ class Task(abc.ABC):
     `content`, and says in the attributes below what a model must take. An example is a batch without its first axis:
 
     - `inputs`: `[L]` int32 tokens or `[L, C]` float32 channels;
-    - `targets`: `[L]` int32 tokens, `[]` int32 label, or float32: `[L, O]` a value per token, `[T, O]` a forecast;
-    - `weights`: float32 in the shape of `targets`; 0 = not counted;
+    - `targets`: `[L]` int32 tokens, `[]` int32 label, or float32: `[L, O]` a value per token, `[T, O]` a forecast, `[L, 2]`
+      the time to the next event and its mark;
+    - `weights`: float32 in the shape of `targets`, `[L]` of events; 0 = not counted;
     - `segment_ids`, where documents are packed: `[L]` int32; 0 = padding, documents count from 1 within a row.
 
     Attributes:
-      head: the model head it needs, "language_model", "classifier", "regression" or "forecast".
+      head: the model head it needs, "language_model", "classifier", "regression", "forecast" or "point_process".
       splits: what `examples` and `eval_batches` accept.
       locations: options that say where data lies, not what it is; they stay out of `digest`.
       vocab_size: number of token ids in `inputs` and, for a language model, of output classes; None for continuous inputs.
       input_dim: channels C of continuous inputs; None for tokens.
       num_classes: number of labels of a classification task.
-      output_dim: channels O of targets that are values; horizon: steps T of a forecast.
+      output_dim: channels O of targets that are values, or how many marks events have; horizon: steps T of a forecast.
       tokenizer: what turns text into `inputs` and back; None where there is no text.
       loss_unit, loss_scale: a mean loss (in nats, or squared error), times `loss_scale`, is in `loss_unit`.
     """

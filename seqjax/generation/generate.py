@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,11 +10,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import io_callback
 from jaxtyping import Array, Int
 
 from seqjax.config import ConfigError
+from seqjax.generation.diffusion_forcing import DiffusionForcing
 from seqjax.generation.sampling import Sampler
+from seqjax.generation.streaming import send, streaming
 
 PAD_SEGMENT, PROMPT_SEGMENT = 0, 1
 
@@ -32,6 +32,7 @@ def generate(
     key: Array | None = None,
     *,
     stream: Callable[[np.ndarray], None] | None = None,
+    parallel: DiffusionForcing | None = None,
 ) -> Int[Array, "B T"]:
     """Continue each prompt by `num_tokens` tokens.
 
@@ -46,10 +47,12 @@ def generate(
       eos: a row that produces this token is done and repeats it to the end; the loop stops when all rows are done.
       key: a JAX PRNG key.
       stream: called on the host with the `[B]` tokens of each step, in order, while the loop runs.
+      parallel: several tokens at once, for models of recurrent depth; None makes one after the other.
     Returns:
       The new tokens, `[B, num_tokens]` int32.
     Raises:
-      ConfigError: an empty prompt, a token outside the vocabulary, no key for sampling, or a model without a state.
+      ConfigError: an empty prompt, a token outside the vocabulary, no key for sampling, a model without a state,
+        or one that `parallel` does not serve.
     """
     tokens, segment_ids = pad_left(prompts, model.vocab_size)
     if num_tokens < 1:
@@ -60,8 +63,11 @@ def generate(
             raise ConfigError(f"temperature={temperature} samples, which needs key=jax.random.key(seed).")
         key = jax.random.key(0)
     model.check_state(tokens.shape[1] + num_tokens)
-    with _streaming(stream) as stream_id:
-        new = _generate(model, nn.unbox(variables), tokens, segment_ids, num_tokens, sampler, eos, key, stream_id)
+    if parallel is not None:
+        parallel.check(model)
+    with streaming(stream) as stream_id:
+        arguments = (model, nn.unbox(variables), tokens, segment_ids, num_tokens, sampler, eos, key, stream_id)
+        new = _generate(*arguments) if parallel is None else parallel.generate(*arguments)
         if stream is not None:
             jax.effects_barrier()
     return new
@@ -107,8 +113,7 @@ def _generate(
         if eos is not None:
             token = jnp.where(done, eos, token)
             done = done | (token == eos)
-        if stream_id is not None:
-            io_callback(_stream, None, stream_id, token, ordered=True)
+        send(stream_id, token)
         return token, done, jax.lax.dynamic_update_slice_in_dim(new, token[:, None], i, axis=1)
 
     def step(carry):
@@ -122,27 +127,3 @@ def _generate(
     blank = jnp.full((batch_size, num_tokens), 0 if eos is None else eos, jnp.int32)
     first = emit(0, logits, jnp.zeros((batch_size,), bool), blank)
     return jax.lax.while_loop(unfinished, step, (1, *first, state))[3]
-
-
-_STREAMS: dict[int, Callable[[np.ndarray], None]] = {}
-_STREAM_IDS = itertools.count()
-
-
-class _streaming:
-    """Give a callback a number that the compiled loop can carry, so that another callback compiles nothing."""
-
-    def __init__(self, stream: Callable[[np.ndarray], None] | None) -> None:
-        self.stream, self.id = stream, next(_STREAM_IDS)
-
-    def __enter__(self) -> np.int32 | None:
-        if self.stream is None:
-            return None
-        _STREAMS[self.id] = self.stream
-        return np.int32(self.id)
-
-    def __exit__(self, *error: Any) -> None:
-        _STREAMS.pop(self.id, None)
-
-
-def _stream(stream_id: Array, token: Array) -> None:
-    _STREAMS[int(stream_id)](np.asarray(token))

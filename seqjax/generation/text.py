@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from seqjax.generation.diffusion_forcing import DiffusionForcing
 from seqjax.generation.generate import generate
 
 
@@ -23,6 +24,7 @@ def continue_text(
     top_p: float | None = None,
     seed: int = 0,
     stream: Callable[[str], None] | None = None,
+    parallel: DiffusionForcing | None = None,
 ) -> str:
     """What the model makes of `prompt`, without the prompt.
 
@@ -31,6 +33,7 @@ def continue_text(
       prompt: a vocabulary with a beginning id has it put in front; empty starts from `tokenizer.start()`.
       temperature, top_k, top_p: see `Sampler`; seed: of the sampling.
       stream: called with each piece of text as soon as its characters are whole.
+      parallel: as `generate`.
     Raises:
       ConfigError: as `generate`, or a character that the vocabulary does not have.
     """
@@ -39,7 +42,8 @@ def continue_text(
         tokens = np.concatenate([tokenizer.start(), tokens])
     writer = None if stream is None else _Writer(tokenizer, stream)
     key = jax.random.key(seed)
-    new = generate(model, variables, tokens[None], num_tokens, temperature, top_k, top_p, key=key, stream=writer)
+    options = {"key": key, "stream": writer, "parallel": parallel}
+    new = generate(model, variables, tokens[None], num_tokens, temperature, top_k, top_p, **options)
     text = tokenizer.decode(np.asarray(new)[0])
     if writer is not None:
         stream(text[writer.written :])

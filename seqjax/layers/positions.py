@@ -1,4 +1,4 @@
-"""Positions without parameters: sinusoids, rotations and distance penalties."""
+"""Positions without parameters: sinusoids, rotations, distance penalties, and coordinates of tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from seqjax.config import ConfigError
 
 POSITIONS = ("learned", "sinusoidal", "rope", "alibi", "none")
 """What `model.position` may say: the first two are added to the embedding, the next two act inside attention."""
@@ -54,3 +56,41 @@ def alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
     extra = 2.0 ** (-4.0 / power * np.arange(1, 2 * (num_heads - power) + 1, 2))
     return np.concatenate([slopes, extra])
+
+
+def check_shape(shape: tuple[int, ...] | None) -> None:
+    """Raise a ConfigError if `shape` is neither None nor the sizes of a tensor's axes."""
+    if shape is not None and (not shape or min(shape) < 1):
+        raise ConfigError(f"model.shape={shape} is no tensor; allowed: None, or positive sizes such as (7, 7).")
+
+
+def raster_coordinates(positions: Int[Array, "#B L"], shape: tuple[int, ...]) -> Int[Array, "#B L A"]:
+    """Coordinates along the A axes of tensors of this shape that follow one another in raster order, the last axis fastest."""
+    strides = [math.prod(shape[a + 1 :]) for a in range(len(shape))]
+    return jnp.stack([positions // stride % size for stride, size in zip(strides, shape)], axis=-1)
+
+
+def lrpe_frequencies(num_heads: int, head_dim: int, num_axes: int, theta: float = 10000.0) -> np.ndarray:
+    """Angle per step along its axis of each feature, `[H, K]`, float64; feature j turns along axis `j // ceil(K / A)`.
+
+    One band `theta^(-2 i / (H K))` runs over all heads, so that the first turns fastest (the code of LightNet's authors). The
+    first `ceil(K / A)` frequencies of a head serve every axis again.
+    """
+    band = theta ** (-2 * np.arange(num_heads * head_dim) / (num_heads * head_dim)).reshape(num_heads, head_dim)
+    return np.tile(band[:, : -(-head_dim // num_axes)], num_axes)[:, :head_dim]
+
+
+def lrpe(x: Float[Array, "B L H K"], coordinates: Int[Array, "#B L A"], frequencies: np.ndarray) -> Float[Array, "B L H 2*K"]:
+    """`(x cos, x sin)` of each feature's angle: MD-LRPE in cosine form (Qin et al. 2024, "LightNet"; Qin et al. 2023, "LRPE").
+
+    Products of a query and a key become `sum_c q_c k_c cos(frequency_c (p - s))`, p and s the coordinates along c's axis.
+
+    Args:
+      frequencies: of `lrpe_frequencies` for A axes.
+    """
+    width, axes = x.shape[-1], coordinates.shape[-1]
+    along = np.arange(width) // -(-width // axes)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    angles = coordinates[:, :, None, along].astype(dtype) * frequencies.astype(dtype)
+    x = x.astype(dtype)
+    return jnp.concatenate([x * jnp.cos(angles), x * jnp.sin(angles)], axis=-1)

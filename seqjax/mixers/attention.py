@@ -15,8 +15,9 @@ from seqjax.layers.dense import Dense, scaled_init
 from seqjax.layers.positions import POSITIONS, alibi_slopes, rotary_frequencies, rotate
 from seqjax.mixers.base import Costs, Mixer
 from seqjax.ops.attention import attended_pairs, flash_attention
+from seqjax.ops.prefix_mask import PrefixOrder
 from seqjax.ops.segments import Segments, SegmentState, segments
-from seqjax.ops.set_prompt import SetOrder, reordered, sibling_bias
+from seqjax.ops.set_prompt import SetOrder, reordered
 from seqjax.registry import register_mixer
 
 
@@ -158,14 +159,15 @@ class Attention(Mixer):
         *,
         segment_ids=None,
         train=False,
-        order: SetOrder | None = None,
+        order: SetOrder | PrefixOrder | None = None,
         memory: Memory | None = None,
         return_memory: bool = False,
     ):
         """As `Mixer`, and with more arguments.
 
         Args:
-          order: of a prompt with sets of sub-sequences; a set must be in one call.
+          order: of a prompt with sets of sub-sequences, or of a source that is seen in both directions; each must be in one
+            call.
           memory: what to attend to, with `shares`.
           return_memory: also give what the call attended to.
         """
@@ -178,7 +180,7 @@ class Attention(Mixer):
         else:
             before = SegmentState.fresh(1 if segment_ids is None else x.shape[0]) if state is None else state.segment
             found, after = segments(segment_ids, before, x.shape[1])
-            if order is not None:
+            if isinstance(order, SetOrder):
                 self._check_order()
                 found, after = reordered(found, before, after, order)
             q, k, v = self._project(x, x, found.positions, found.positions)
@@ -189,7 +191,7 @@ class Attention(Mixer):
                 index = state.index
                 memory, state = self._remember(k, v, found, state, after)
             if order is not None:
-                memory.masks["bias"] = sibling_bias(order, memory.keys.shape[1], index)
+                memory.masks.update(order.masks(memory.keys.shape[1], index))
             mixed = self._read(q, memory)
         y = self._out(mixed)
         return (y, state, memory) if return_memory else (y, state)

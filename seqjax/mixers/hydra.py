@@ -14,7 +14,7 @@ from seqjax.layers.norms import GatedRMSNorm
 from seqjax.mixers.base import Costs
 from seqjax.mixers.mamba2 import HeadwiseStateSpace, split
 from seqjax.ops.linear_attention import linear_attention
-from seqjax.ops.segments import SegmentState, segments
+from seqjax.ops.segments import SegmentState, segment_ends, segments
 from seqjax.registry import register_mixer
 
 
@@ -107,6 +107,5 @@ def quasiseparable(
     after = jnp.pad(run(backward, True)[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)])
     if starts is not None:
         before = jnp.where(starts[..., None, None], 0, before)
-        ends = jnp.pad(starts[:, 1:], [(0, 0), (0, 1)])
-        after = jnp.where(ends[..., None, None], 0, after)
+        after = jnp.where(segment_ends(starts)[..., None, None], 0, after)
     return (before + after + diagonal[..., None] * x).astype(x.dtype)

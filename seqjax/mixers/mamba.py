@@ -26,8 +26,6 @@ from seqjax.registry import register_mixer
 
 SELECTIVE = ("dt", "B", "C")
 """What may depend on the token."""
-SHORTEST_STEP = 1e-4
-"""Least initial step."""
 AS_AUTHORS = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 """Uniform within `1 / sqrt(inputs)`."""
 
@@ -247,7 +245,6 @@ def step_bias(dt_min: float, dt_max: float) -> nn.initializers.Initializer:
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         dt = jnp.exp(jax.random.uniform(key, shape, dtype, math.log(dt_min), math.log(dt_max)))
-        dt = jnp.maximum(dt, SHORTEST_STEP)
         return dt + jnp.log(-jnp.expm1(-dt))
 
     return init

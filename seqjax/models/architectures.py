@@ -75,7 +75,7 @@ register_stack(
     defaults=SEQUENCE | {"mlp_ratio": 4 / 3, "mlp_bias": False, "activation": "gelu_exact"},
     example=NORMED | {"num_layers": 2},
 )
-register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED)
+register_stack("lightnet", pattern=("lightnet", "glu"), defaults=SWIGLU, example=NORMED, causal=(True, False))
 register_stack("combiner", pattern=("combiner", "mlp"), defaults={"position": "sinusoidal"}, example=HEADS | {"span_length": 4})
 register_stack("fnet_ar", pattern=("fourier", "mlp"), defaults=SEQUENCE, example=TINY)
 register_stack(

@@ -37,9 +37,10 @@ class Model(nn.Module):
       input_dim: number of channels C, for `[B, L, C]` float inputs; exactly one of the two is given.
       embed_dim: width D.
       head: a key of `HEADS`; "language_model" reads out `vocab_size`, classifier and matching `num_classes`, regression and
-        forecast `output_dim` (and `horizon` steps).
+        forecast `output_dim` (and `horizon` steps), "point_process" the next event's time and which of `output_dim` marks.
       pool: "mean" or "last", for heads that read a whole sequence.
       head_state_dim: order of the systems of the head "closed_loop".
+      mixture_components: log-normal distributions that the head "point_process" makes the next event's time of.
       tie_embeddings: the language-model head reuses the embedding table.
       embed_init: standard deviation of a token's initial vector; 0.02 is GPT-2's.
       embed_scale: what tokens' vectors are multiplied by where they enter.
@@ -62,6 +63,7 @@ class Model(nn.Module):
     horizon: int = 1
     pool: str = "mean"
     head_state_dim: int = 64
+    mixture_components: int = 16
     tie_embeddings: bool = True
     embed_init: float = 0.02
     embed_scale: float = 1.0
@@ -104,8 +106,9 @@ class Model(nn.Module):
                 f"model.logit_softcap={self.logit_softcap} with model.head={self.head!r} is not served; allowed: None, or "
                 "above 0 with the head 'language_model'."
             )
-        if self.head_state_dim < 1:
-            raise ConfigError(f"model.head_state_dim={self.head_state_dim} is not positive; allowed: 1 and above.")
+        for key in ("head_state_dim", "mixture_components"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"model.{key}={getattr(self, key)} is not positive; allowed: 1 and above.")
         for key in ("dtype", "param_dtype"):
             choose(DTYPES, getattr(self, key), f"model.{key}")
         if self.position not in POSITIONS:
@@ -127,7 +130,8 @@ class Model(nn.Module):
         """The head module; `options` may name it and its parent, or set a width other than the model's."""
         kind = HEADS[self.head]
         own = {"horizon": self.horizon, "pool": self.pool, "state_dim": self.head_state_dim}
-        own |= {"softcap": self.logit_softcap, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        own |= {"softcap": self.logit_softcap, "num_components": self.mixture_components}
+        own |= {"dtype": self.dtype, "param_dtype": self.param_dtype}
         return kind(**{"output_dim": getattr(self, kind.size_option), **own, **options})
 
     def shifted(self, positions: Int[Array, "#B L"], batch_size: int, train: bool) -> Int[Array, "#B L"]:

@@ -1,4 +1,4 @@
-"""What a body's features become: logits, class scores, a match of two sequences, values, a forecast. Any head fits any body."""
+"""What a body's features become: logits, class scores, a match of pairs, values, a forecast, events. Any head fits any body."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Head(nn.Module):
       pool: how a sequence becomes one vector: "mean" over its valid tokens, or its "last" valid token.
       state_dim: order of the systems of a head that has them.
       softcap: bound on logits x of the language model, `softcap * tanh(x / softcap)`; None is none.
+      num_components: of the mixture that is the next event's time.
     """
 
     output_dim: int
@@ -31,6 +32,7 @@ class Head(nn.Module):
     pool: str = "mean"
     state_dim: int = 64
     softcap: float | None = None
+    num_components: int = 16
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -83,6 +85,30 @@ class RegressionHead(Head):
     @nn.compact
     def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B L O"]:
         return self._dense("values", self.output_dim, ("embed", None))(x)
+
+
+class PointProcessHead(Head):
+    """When the next event comes, and of which of `output_dim` marks O, for every token (Shchur et al. 2020, section 3).
+
+    Of a mixture of K log-normal distributions the parameters that `LogNormalMixture.of` takes, `[B, L, 3K]`, and then logits
+    of the marks, which do not depend on the time.
+    """
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B L D"], segment_ids=None, attend=None) -> Float[Array, "B L E"]:
+        return self._dense("event", self.width, ("embed", None))(x)
+
+    @property
+    def width(self) -> int:
+        return 3 * self.num_components + self.output_dim
+
+    @nn.nowrap
+    def parameters(self, embed_dim: int, tied: bool) -> int:
+        return (embed_dim + 1) * self.width
+
+    @nn.nowrap
+    def flops(self, embed_dim: int, length: int) -> int:
+        return 2 * embed_dim * self.width * length
 
 
 class ClassifierHead(Head):
@@ -201,6 +227,7 @@ HEADS: dict[str, type[Head]] = {
     "classifier": ClassifierHead,
     "matching": MatchingHead,
     "regression": RegressionHead,
+    "point_process": PointProcessHead,
     "forecast": ForecastHead,
     "closed_loop": ClosedLoopHead,
     "variates": VariatesHead,

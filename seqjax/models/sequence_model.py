@@ -20,6 +20,7 @@ from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.base import Model
 from seqjax.models.heads import HEADS, Head, last_segment
 from seqjax.models.series import check_series, series_rows
+from seqjax.ops.prefix_mask import PrefixOrder
 from seqjax.ops.segments import SegmentState, segments
 from seqjax.ops.set_prompt import SetOrder, reordered
 
@@ -80,7 +81,7 @@ class Residual(nn.Module):
         drop_rate: Array | None,
         segment_ids: Array | None,
         train: bool,
-        order: SetOrder | None = None,
+        order: SetOrder | PrefixOrder | None = None,
     ) -> tuple[Float[Array, "B L D"], tuple | None]:
         states, memory = [], None
         for i, sublayer in enumerate(self.sublayers):

@@ -20,6 +20,7 @@ from seqjax.mixers.base import Costs, Mixer, State
 from seqjax.models.base import Model
 from seqjax.models.sequence_model import Block, Frame, Residual, SequenceModel, make_sublayer, stack_options
 from seqjax.ops.halting import Halting, halt
+from seqjax.ops.prefix_mask import PrefixOrder
 from seqjax.ops.segments import Segments, SegmentState, segments
 from seqjax.registry import register_architecture
 
@@ -69,6 +70,7 @@ class Step(nn.Module):
         places: Array | None,
         segment_ids: Array | None,
         train: bool,
+        order: PrefixOrder | None,
     ) -> tuple[Progress, tuple[State, Array | None]]:
         """The next progress; the block's next state, and how much the step counts for each position."""
         number, state = step
@@ -81,7 +83,7 @@ class Step(nn.Module):
             last = number == self.num_steps - 1
             weight, halting = halt(jax.nn.sigmoid(logit), before.halting, self.halting_epsilon, last)
         block = Residual(self.block, self.frame, *self.norms, self.dropout, name="block")
-        y, state = block(x, state, None, segment_ids, train)
+        y, state = block(x, state, None, segment_ids, train, order)
         if before.halting is None:
             return Progress(y), (state, None)
         outcome = before.outcome + weight[..., None] * y.astype(before.outcome.dtype)
@@ -131,6 +133,9 @@ class UniversalTransformer(Model):
       block: sub-layers of the shared block.
       position_restart: a token from which positions count anew, as a decoder's do beside an encoder's; None for none. Then
         what stands at equal places of two strings has equal positions, however long they are.
+      bidirectional_source: the source of a segment, what stands before its first restart behind its first token, is seen in
+        both directions, as an encoder sees it; all of it must be in one call. The loss is not to count its tokens, which see
+        what they are to predict: a segment without a restart is all source. `costs` counts causal pairs.
       num_steps: steps in depth T; with adaptive computation time the most.
       step_embedding: "sinusoidal", "learned" or "none".
       halting: "none", a fixed number of steps, or "act", adaptive computation time.
@@ -146,6 +151,7 @@ class UniversalTransformer(Model):
 
     block: Block = ()
     position_restart: int | None = None
+    bidirectional_source: bool = False
     num_steps: int = 6
     step_embedding: str = "sinusoidal"
     halting: str = "none"
@@ -167,6 +173,8 @@ class UniversalTransformer(Model):
             choose(dict.fromkeys(names), getattr(self, key), f"model.{key}")
         if self.position_restart is not None:
             self._check_restart()
+        if self.bidirectional_source:
+            self._check_source()
         if self.num_steps < 1:
             raise ConfigError(f"model.num_steps={self.num_steps} is not positive; allowed: 1 and above.")
         if not 0.0 < self.halting_epsilon < 1.0:
@@ -186,6 +194,18 @@ class UniversalTransformer(Model):
                 "allowed: None, or 0 up to, not including, the vocabulary's size."
             )
 
+    def _check_source(self) -> None:
+        if self.position_restart is None or not self.causal:
+            raise ConfigError(
+                f"model.bidirectional_source=True with model.position_restart={self.position_restart} and model.causal="
+                f"{self.causal} has no source apart from a target; allowed: causal=True, and a token that ends the source."
+            )
+        if self.sublayers_in_order:
+            raise ConfigError(
+                f"model.bidirectional_source=True does not fit {', '.join(self.sublayers_in_order)} in model.pattern; "
+                "allowed: attention with window=None, and feed-forwards."
+            )
+
     @property
     def frame(self) -> Frame:
         return Frame(self.embed_dim, self.causal, self.residual_init, self.dtype, self.param_dtype)
@@ -193,6 +213,12 @@ class UniversalTransformer(Model):
     @property
     def adaptive(self) -> bool:
         return self.halting == "act"
+
+    @property
+    def sublayers_in_order(self) -> tuple[str, ...]:
+        """Names of those that keep less than every token, or take them in turn: neither whole attention nor a feed-forward."""
+        mixers = ((sublayer.name, sublayer.make(self.frame, parent=None)) for sublayer in self.block)
+        return tuple(name for name, m in mixers if not m.takes_sets or getattr(m, "window", None) is not None)
 
     @property
     def _normalizes_last(self) -> bool:
@@ -221,45 +247,62 @@ class UniversalTransformer(Model):
         before = SegmentState.fresh(1 if segment_ids is None else inputs.shape[0]) if state is None else state.segment
         found, segment = segments(segment_ids, before, inputs.shape[1])
         x, table = self.embed(inputs, None, train)
-        positions, origin = found.positions, None
+        positions, origin, order = found.positions, None, None
         if self.position_restart is not None:
             origins = last_origins(inputs == self.position_restart, found, None if state is None else state.origin)
             positions, origin = positions - origins, origins[:, -1]
+            order = PrefixOrder(origins == 0) if self.bidirectional_source else None
         places = self.position_vectors(self.shifted(positions, inputs.shape[0], train))
-        x, states = self._run(x, None if state is None else state.steps, places, segment_ids, train)
+        x, states = self._run(x, None if state is None else state.steps, places, segment_ids, train, order)
+        outputs = self._read_out(x, table, segment_ids, train)
+        return outputs, None if state is None else UniversalTransformerState(states, segment, origin)
+
+    def _read_out(
+        self, x: Float[Array, "B L D"], table: TokenEmbedding | None, segment_ids: Array | None, train: bool
+    ) -> Array:
+        """The head's outputs for the last step's outcomes."""
         if self._normalizes_last:
             types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
             x = make_norm(self.norm, name="norm", epsilon=self.norm_epsilon, **types)(x, train)
-        outputs = self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
-        return outputs, None if state is None else UniversalTransformerState(states, segment, origin)
+        return self.make_head(name="head")(x, segment_ids, table.attend if self.tied else None)
 
     def _run(
-        self, x: Float[Array, "B L D"], states: State, places: Array | None, segment_ids: Array | None, train: bool
+        self,
+        x: Float[Array, "B L D"],
+        states: State,
+        places: Array | None,
+        segment_ids: Array | None,
+        train: bool,
+        order: PrefixOrder | None,
     ) -> tuple[Float[Array, "B L D"], State]:
         """All steps."""
         begun = Progress(x)
         if self.adaptive:
             wide = jnp.promote_types(x.dtype, jnp.float32)
             begun = Progress(x, jnp.zeros(x.shape, wide), Halting.fresh(x.shape[:2], wide))
-        scanned = nn.scan(
-            Step,
-            variable_broadcast=("params", "derived"),
-            variable_axes={"losses": 0},
-            split_rngs={"params": False, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.num_steps,
-            unroll=self.unroll or self.num_steps,
-        )
-        norms = (self.norm, self.norm_position, self.norm_epsilon)
-        depth = (self.num_steps, self.step_embedding, self.halting_epsilon, self.halted)
-        steps = scanned(self.block, self.frame, norms, self.dropout, *depth, name="step")
-        done, (states, weights) = steps(begun, (jnp.arange(self.num_steps), states), places, segment_ids, train)
+        steps = self._steps(Step, self.num_steps)
+        done, (states, weights) = steps(begun, (jnp.arange(self.num_steps), states), places, segment_ids, train, order)
         if not self.adaptive:
             return done.x, states
         self.sow("intermediates", "halting", weights)
         if train:
             self.sow("losses", "ponder", self.ponder_weight * _mean_of_tokens(done.halting.ponder_time, segment_ids))
         return done.outcome.astype(x.dtype), states
+
+    def _steps(self, step: type[nn.Module], count: int) -> nn.Module:
+        """`count` steps in a row, of the class `Step` or one lifted from it."""
+        scanned = nn.scan(
+            step,
+            variable_broadcast=("params", "derived"),
+            variable_axes={"losses": 0},
+            split_rngs={"params": False, "dropout": True},
+            in_axes=(0, *(nn.broadcast,) * 4),
+            length=count,
+            unroll=self.unroll or count,
+        )
+        norms = (self.norm, self.norm_position, self.norm_epsilon)
+        depth = (self.num_steps, self.step_embedding, self.halting_epsilon, self.halted)
+        return scanned(self.block, self.frame, norms, self.dropout, *depth, name="step")
 
     @nn.nowrap
     def init_state(self, batch_size: int, max_length: int) -> UniversalTransformerState:
@@ -292,6 +335,52 @@ class UniversalTransformer(Model):
     @nn.nowrap
     def mixers(self) -> tuple[type[Mixer], ...]:
         return tuple(s.mixer for s in self.block)
+
+
+class Wavefront(UniversalTransformer):
+    """The same parameters where positions of a sequence stand at different depths, one new token among them.
+
+    Steps are divided into `num_steps / R` stages of R; each stage holds one position of each row, or none.
+    """
+
+    @classmethod
+    def of(cls, model: UniversalTransformer) -> Wavefront:
+        """Of the same options."""
+        names = (field.name for field in dataclasses.fields(model) if field.name not in ("parent", "name"))
+        return cls(**{name: getattr(model, name) for name in names})
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B"], latents: Float[Array, "M B D"], positions: Int[Array, "M B"], states: State
+    ) -> tuple[Float[Array, "M B V"], Float[Array, "M B D"], Float[Array, "M B D"], State]:
+        """Each stage's R steps, all stages at once.
+
+        Args:
+          tokens: those that enter the first stage.
+          latents: what enters the others; the first stage's are not read.
+          positions: from which the vectors of positions are made.
+          states: of the block, leaves `[R, M * B, 1, ...]`: at step r, those of stage m's step `m * R + r` in each row.
+        Returns:
+          Logits; the vectors that entered each stage and those that left it; the next states.
+        """
+        stages, batch_size, _ = latents.shape
+        x, table = self.embed(tokens[:, None], None, False)
+        before = latents.at[0].set(x[:, 0])
+        flat = lambda a: a.reshape(-1, 1, *a.shape[2:])  # rows of one token
+        places = self.position_vectors(flat(positions))
+        inner = self.num_steps // stages
+        numbers = jnp.arange(inner)[:, None] + inner * jnp.repeat(jnp.arange(stages), batch_size)
+        each = nn.vmap(
+            Step,
+            in_axes=(0, 0, 0, None, None, None),
+            variable_axes={"params": None, "derived": None},
+            split_rngs={"params": False, "dropout": False},
+        )
+        rows = lambda a: None if a is None else a[:, None]
+        begun, depth = Progress(rows(flat(before))), (numbers, states)
+        done, (states, _) = self._steps(each, inner)(begun, depth, rows(places), None, False, None)
+        logits = self._read_out(done.x[:, 0], table, None, False)
+        return logits.reshape(stages, batch_size, -1), before, done.x.reshape(before.shape), states
 
 
 def last_origins(restarts: Bool[Array, "B L"], found: Segments, before: Int[Array, "B"] | None) -> Int[Array, "B L"]:

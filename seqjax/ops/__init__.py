@@ -5,7 +5,7 @@ from seqjax.ops.attention import attended_pairs, decode_attention, flash_attenti
 from seqjax.ops.complex_pairs import Pair
 from seqjax.ops.convolution import Tail, long_convolution, short_convolution
 from seqjax.ops.discretization import discretize_dense, discretize_diagonal
-from seqjax.ops.linear_attention import linear_attention
+from seqjax.ops.linear_attention import bidirectional_linear_attention, linear_attention
 from seqjax.ops.newton_scan import newton_scan
 from seqjax.ops.prefix_attention import prefix_attention
 from seqjax.ops.scan import AFFINE, COMPLEX_AFFINE, Monoid, linear_scan, prefix_scan
@@ -29,6 +29,7 @@ __all__ = [
     "Tail",
     "affine_scan",
     "attended_pairs",
+    "bidirectional_linear_attention",
     "decode_attention",
     "discretize_dense",
     "discretize_diagonal",

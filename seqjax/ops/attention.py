@@ -58,9 +58,10 @@ def flash_attention(
       sinks: per head, the logit of a key without value: it joins the sum of each softmax, no mask hides it (gpt-oss, 2025).
       scale: default `1 / sqrt(K)`.
       return_lse: also give the log of each softmax's sum, of the sink too, in at least float32, for `merge_attention`.
-      implementation: "xla" (memory linear in length), "pallas_gpu" (Hopper; half precision, heads of width 64, 128 or 256),
-        "cudnn" (half precision, causal or no mask, no log-sum-exp), "reference" (plain, materialises all pairs), or None
-        for the platform's fastest.
+      implementation: "xla" (memory linear in length), "pallas_tpu" (from 16 queries on, without bias), "pallas_gpu" (the same
+        on Hopper, in half precision, for heads of width 64, 128 or 256, without soft cap, ALiBi and kv_positions), "cudnn"
+        (in half precision, causal or without masks, no log-sum-exp), "reference" (plain, materialises all pairs), or None
+        for the platform's fastest that serves the call.
     Returns:
       In the dtype of `v`; a query that may see no key gets zeros, and without a sink its log-sum-exp is -inf.
     Raises:
@@ -77,11 +78,10 @@ def flash_attention(
     spec = AttentionSpec(causal, window, static_offset, scale, softcap)
     offsets = None if static_offset is not None else jnp.atleast_1d(q_offset)
     mask = AttentionMask(offsets, kv_positions, segment_ids, alibi_slopes)
-    needs_lse = return_lse or sinks is not None
-    available = {"xla": functools.partial(_attend, XLA, spec), "reference": functools.partial(_reference, spec)}
-    if _pallas_gpu_serves(spec, mask, q, k, v, bias):
-        available["pallas_gpu"] = functools.partial(_attend, PALLAS_GPU, spec)
-    if not needs_lse and _cudnn_serves(spec, mask, q, k, v, bias):
+    served = {name: kernel for name, kernel in KERNELS.items() if _serves(name, spec, mask, q, k, v, bias)}
+    available = {name: functools.partial(_attend, kernel, spec) for name, kernel in served.items()}
+    available["reference"] = functools.partial(_reference, spec)
+    if not return_lse and sinks is None and _cudnn_serves(spec, mask, q, k, v, bias):
         available["cudnn"] = functools.partial(_cudnn, spec)
     out, lse = dispatch(implementation, available, mask, q, k, v, bias)
     if sinks is not None:
@@ -173,38 +173,58 @@ class Kernel(NamedTuple):
 
 
 def _kernel(platform: str) -> Kernel:
-    """A platform's kernel. Its module loads the platform's compiler, so it is not imported before it runs."""
+    """The kernels of a platform. Their module is not imported before it is needed: it loads the platform's compiler."""
 
-    def run(name: str, *arguments: Any) -> Any:
+    def run(name: str, *arguments: Any) -> tuple:
         return getattr(importlib.import_module(f"seqjax.ops.kernels.attention_{platform}"), name)(*arguments)
 
     return Kernel(functools.partial(run, "forward"), functools.partial(run, "backward"))
 
 
-XLA = Kernel(blockwise_attention.forward, blockwise_attention.backward)
-PALLAS_GPU = _kernel("gpu")
+KERNELS = {
+    "xla": Kernel(blockwise_attention.forward, blockwise_attention.backward),
+    "pallas_tpu": _kernel("tpu"),
+    "pallas_gpu": _kernel("gpu"),
+}
+
+FEWEST_QUERIES = 16
+"""Fewer are a step of decoding: kernels would rearrange the whole cache, or read it once for each head of a group; XLA reads it
+once, where it lies."""
+WIDEST_HEAD = 256
+MOST_PAIRS = 2**34
+"""Tables of more pairs of blocks than in 131,072 x 131,072 tokens do not fit into a TPU's scalar memory."""
 GPU_WIDTHS = (64, 128, 256)
-"""Widths of heads that the GPU kernel serves."""
 HOPPER = (9, 0)
+"""Compute capability of the GPUs that have the matrix products of the GPU kernel: none before and none after."""
 
 
-def _pallas_gpu_serves(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
-    """Whether the GPU kernel computes this call: only Hopper has its matrix instructions."""
-    if jax.__version_info__ < (0, 11) or not undivided_mesh() or spec.softcap is not None or spec.scale <= 0:
+def _serves(
+    implementation: str, spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None
+) -> bool:
+    """Whether an implementation computes this call, on the current mesh."""
+    if implementation == "xla":
+        return True
+    some = q.shape[0] > 0 and q.shape[1] >= FEWEST_QUERIES and k.shape[1] > 0
+    if not some or bias is not None or not undivided_mesh():
         return False
-    plain = bias is None and mask.alibi_slopes is None and mask.kv_positions is None
-    sizes = q.shape[1] > 1 and k.shape[1] > 0 and q.shape[3] == v.shape[3] and q.shape[3] in GPU_WIDTHS
-    return plain and sizes and _half_precision(q, k, v) and _compute_capability() in (None, HOPPER)
+    if implementation == "pallas_gpu":
+        plain = spec.scale > 0 and spec.softcap is None and mask.kv_positions is None and mask.alibi_slopes is None
+        fits = q.shape[-1] == v.shape[-1] and q.shape[-1] in GPU_WIDTHS and _half_precision(q, k, v)
+        # Mosaic GPU of before JAX 0.11 loads otherwise.
+        return plain and fits and _compute_capability() == HOPPER and jax.__version_info__ >= (0, 11)
+    narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)
+    return narrow and max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD and q.shape[1] * k.shape[1] <= MOST_PAIRS
 
 
 def _cudnn_serves(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
-    """Whether cuDNN computes this call, without a log-sum-exp: its own is in the dtype of the output."""
+    """Whether cuDNN computes this call; it gives no log-sum-exp in float32."""
     plain = bias is None and spec.window is None and spec.softcap is None and all(a is None for a in mask)
-    placed = spec.q_offset == 0 or (not spec.causal and spec.q_offset is not None)
-    capability = _compute_capability() or HOPPER
+    placed = spec.q_offset == 0 or not spec.causal
+    some = q.shape[0] > 0 and q.shape[1] >= FEWEST_QUERIES and k.shape[1] > 0
+    capability = _compute_capability()
     widest = 256 if capability >= HOPPER else 128
-    sizes = q.shape[1] > 1 and k.shape[1] > 0 and q.shape[3] == v.shape[3] <= widest and q.shape[3] % 8 == 0
-    return plain and placed and sizes and _half_precision(q, k, v) and capability >= (8, 0)
+    fits = q.shape[-1] == v.shape[-1] <= widest and q.shape[-1] % 8 == 0
+    return plain and placed and some and fits and _half_precision(q, k, v) and capability >= (8, 0)
 
 
 def _half_precision(*arrays: Array) -> bool:
@@ -212,11 +232,12 @@ def _half_precision(*arrays: Array) -> bool:
     return not others and dtype in (jnp.bfloat16, jnp.float16)
 
 
-def _compute_capability() -> tuple[int, ...] | None:
-    """Of this process's GPU; None where it has none, and compiles for another machine."""
+def _compute_capability() -> tuple[int, ...]:
+    """Of this process's GPU, (0,) if AMD made it; where it has none, it compiles for another machine's, Hopper."""
     if jax.default_backend() != "gpu":
-        return None
-    return tuple(map(int, jax.devices()[0].compute_capability.split(".")))
+        return HOPPER
+    numbers = jax.devices()[0].compute_capability.split(".")
+    return tuple(map(int, numbers)) if all(map(str.isdigit, numbers)) else (0,)
 
 
 def _cudnn(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:

@@ -111,38 +111,37 @@ def live_blocks(spec: AttentionSpec, mask: AttentionMask, queries: Blocks, keys:
     """Whether any pair in a pair of blocks may attend, by the range of positions and of segment ids that each block holds.
 
     Never False where a pair attends; exact where ids never fall along a row."""
-    nearest, farthest = _distance_range(spec, mask, queries, keys)
+    nearest, farthest = _extremes(spec, mask, queries, keys)
     live = jnp.broadcast_to(spec.reach(nearest, farthest)[0], nearest.shape)
     if mask.segment_ids is not None:
-        (q_low, q_high), (k_low, k_high) = _id_ranges(mask.segment_ids, queries, keys)
-        low = jnp.maximum(k_low, 0)[:, None]
-        live = live & (q_high[:, :, None] >= low) & (q_low[:, :, None] <= k_high[:, None])
+        (q_low, q_high), (k_low, k_high) = _id_ranges(mask, queries, keys)
+        live = live & (q_high >= jnp.maximum(k_low, 0)) & (q_low <= k_high)
     return live
 
 
 def whole_blocks(spec: AttentionSpec, mask: AttentionMask, queries: Blocks, keys: Blocks) -> Bool[Array, "#B q k"]:
-    """Whether all pairs in a pair of blocks attend, so that it needs no mask; tokens over the end are not looked at."""
-    nearest, farthest = _distance_range(spec, mask, queries, keys)
+    """Whether all pairs in a pair of blocks attend: exactly."""
+    nearest, farthest = _extremes(spec, mask, queries, keys)
     whole = jnp.broadcast_to(spec.reach(nearest, farthest)[1], nearest.shape)
     if mask.segment_ids is not None:
-        (q_low, q_high), (k_low, k_high) = _id_ranges(mask.segment_ids, queries, keys)
-        alike = (q_low == q_high)[:, :, None] & ((k_low == k_high) & (k_low >= 0))[:, None]
-        whole = whole & alike & (q_low[:, :, None] == k_low[:, None])
+        (q_low, q_high), (k_low, k_high) = _id_ranges(mask, queries, keys)
+        whole = whole & (k_low >= 0) & (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
     return whole
 
 
-def _distance_range(
+def _extremes(
     spec: AttentionSpec, mask: AttentionMask, queries: Blocks, keys: Blocks
 ) -> tuple[Int[Array, "#B q k"], Int[Array, "#B q k"]]:
-    """The nearest and the farthest distance, query less key, in each pair of blocks."""
+    """The least and the greatest distance of the pairs in each pair of blocks."""
     q_tokens, k_tokens = queries.tokens(), keys.tokens()
     offset = jnp.asarray(spec.q_offset).reshape(1) if mask.q_offset is None else mask.q_offset
-    q_first, q_last = (offset[:, None] + q_tokens[:, edge] for edge in (0, -1))
+    q_first, q_last = (offset[:, None, None] + q_tokens[:, edge, None] for edge in (0, -1))
     k_at = k_tokens if mask.kv_positions is None else mask.kv_positions[k_tokens]
-    return q_first[:, :, None] - k_at.max(axis=1), q_last[:, :, None] - k_at.min(axis=1)
+    return q_first - k_at.max(axis=1), q_last - k_at.min(axis=1)
 
 
-def _id_ranges(ids: tuple[Array, Array], queries: Blocks, keys: Blocks) -> list[tuple[Array, Array]]:
-    """Of queries and of keys, the lowest and the highest id in each block, `[#B, blocks]`."""
-    of_blocks = [a[:, blocks.tokens()] for a, blocks in zip(ids, (queries, keys))]
-    return [(a.min(axis=2), a.max(axis=2)) for a in of_blocks]
+def _id_ranges(mask: AttentionMask, queries: Blocks, keys: Blocks) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """The least and the greatest segment id of each block of queries `[#B, q, 1]`, and of keys `[#B, 1, k]`."""
+    q_ids, k_ids = (ids[:, blocks.tokens()] for ids, blocks in zip(mask.segment_ids, (queries, keys)))
+    q_range, k_range = ((ids.min(axis=2), ids.max(axis=2)) for ids in (q_ids, k_ids))
+    return tuple(a[:, :, None] for a in q_range), tuple(a[:, None] for a in k_range)

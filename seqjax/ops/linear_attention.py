@@ -17,7 +17,7 @@ from seqjax.ops.channel_decay import channel_decay_attention, power_of_two_chunk
 from seqjax.ops.delta_rule import delta_rule_attention
 from seqjax.ops.dispatch import dispatch
 from seqjax.ops.head_decay import equal_chunks, head_decay_attention
-from seqjax.ops.segments import reversed_starts
+from seqjax.ops.segments import reversed_starts, segment_ends
 from seqjax.ops.triangular import unit_lower_inverse_flops
 
 CHUNK_SIZE = 64
@@ -74,6 +74,8 @@ def linear_attention(
     q, k = q.astype(v.dtype), k.astype(v.dtype)
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1) if normalize else v
     decay = jnp.zeros((1, 1, heads), wide) if log_decay is None else log_decay.astype(wide)
+    if decay.shape[:2] == (1, 1):  # no constant to XLA, which would take seconds to sum one when it compiles
+        decay = jax.lax.optimization_barrier(decay)
     decay = jnp.broadcast_to(decay, (batch, length, *decay.shape[2:]))
     rates = None if beta is None else jnp.broadcast_to(beta.astype(wide), (batch, length, heads))
     state = jnp.zeros((batch, heads, q.shape[-1], v.shape[-1]), wide) if state is None else state.astype(wide)
@@ -89,6 +91,31 @@ def linear_attention(
         y = y[..., :-1] / (y[..., -1:] + NORMALIZER_EPSILON)
     y = y.astype(v.dtype)
     return (jnp.flip(y, 1) if reverse else y), state
+
+
+def bidirectional_linear_attention(
+    q: Float[Array, "B L H K"],
+    k: Float[Array, "B L H K"],
+    v: Float[Array, "B L H W"],
+    *,
+    starts: Bool[Array, "B L"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L H W"]:
+    """`y_t = sum_s (q_t . k_s) v_s` over all tokens s, in the dtype of `v`; arguments as in `linear_attention`.
+
+    Without `starts` these are two products of matrices. With them s is of the segment of t, and the sum is made of what comes
+    up to the token and what comes behind it, each by chunks: lengths that only the data know would make no array.
+    """
+    if starts is None:
+        wide = jnp.promote_types(v.dtype, jnp.float32)
+        matrix = jnp.einsum("blhk,blhw->bhkw", k.astype(v.dtype), v, preferred_element_type=wide)
+        y = jnp.einsum("blhk,bhkw->blhw", q.astype(v.dtype), matrix.astype(v.dtype), preferred_element_type=wide)
+        return y.astype(v.dtype)
+    chunks = {"starts": starts, "chunk_size": chunk_size, "implementation": implementation}
+    later_k, later_v = (jnp.pad(a[:, 1:], [(0, 0), (0, 1), (0, 0), (0, 0)]) for a in (k, v))
+    later_v = jnp.where(segment_ends(starts)[..., None, None], 0, later_v)
+    return linear_attention(q, k, v, **chunks)[0] + linear_attention(q, later_k, later_v, reverse=True, **chunks)[0]
 
 
 def linear_attention_flops(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from seqjax.ops.scan import Monoid, prefix_scan
+from seqjax.ops.segments import segment_ends
 
 
 def running_max(
@@ -37,6 +38,16 @@ def running_log_sum(
 ) -> Float[Array, "B L *N"]:
     """`z_t = log(exp(z_(t-1)) + exp(values_t))`; arguments as in `running_max`."""
     return _by_platform(_LOG_SUMS, jnp.zeros_like(values), values, initial, starts)
+
+
+def segment_log_sum(values: Float[Array, "B L *N"], *, starts: Bool[Array, "B L"] | None = None) -> Float[Array, "B #L *N"]:
+    """`log sum exp(values)` over all tokens of each token's segment; without `starts`, once for a row."""
+    if starts is None:
+        return jax.nn.logsumexp(values, axis=1, keepdims=True)
+    sums = running_log_sum(values, jnp.full_like(values[:, 0], -jnp.inf), starts=starts)
+    length = values.shape[1]
+    last = jax.lax.cummin(jnp.where(segment_ends(starts), jnp.arange(length), length), axis=1, reverse=True)
+    return jnp.take_along_axis(sums, last.reshape(*last.shape, *[1] * (values.ndim - 2)), axis=1)
 
 
 def _combine(join, earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -69,6 +69,11 @@ def reversed_starts(starts: Bool[Array, "B L"] | None) -> Bool[Array, "B L"] | N
     return None if starts is None else jnp.pad(jnp.flip(starts[:, 1:], 1), [(0, 0), (1, 0)])
 
 
+def segment_ends(starts: Bool[Array, "B L"]) -> Bool[Array, "B L"]:
+    """The last tokens of segments, given the first; the last segment ends with its row."""
+    return jnp.pad(starts[:, 1:], [(0, 0), (0, 1)], constant_values=True)
+
+
 def _computed_once(runs: Int[Array, "B L"]) -> Int[Array, "B L"]:
     """The same numbers. XLA for CPU fuses a running sum into every mask that reads it, and then takes it anew for every
     pair of tokens: a third of a training step. Runs are sorted already, and a sort is never fused."""

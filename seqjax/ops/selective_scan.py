@@ -201,15 +201,14 @@ def _in_time(A: Array, h0: Array, tokens: _Tokens, reverse: bool, chunk_size: in
 
 
 def _step(A: Array, h: Float[Array, "R N E"], now: _Tokens) -> tuple[Array, Array]:
-    h, _ = _advance(A, h, now)
+    h, _ = _advance(h, now, jnp.exp(now.delta[:, None] * A))
     return h, sum_modes(h * now.C[:, :, None])
 
 
-def _advance(A: Array, h: Float[Array, "R N E"], now: _Tokens) -> tuple[Array, tuple[Array, Array]]:
-    """The next state; the decay, and what is left of the state before."""
-    decay = jnp.exp(now.delta[:, None] * A)
+def _advance(h: Float[Array, "R N E"], now: _Tokens, decay: Float[Array, "R N E"]) -> tuple[Array, Array]:
+    """The next state, and what is left in it of the state before."""
     left = decay * reset(h, now.starts)
-    return left + (now.delta * now.u)[:, None] * now.B[:, :, None], (decay, left)
+    return left + (now.delta * now.u)[:, None] * now.B[:, :, None], left
 
 
 @jax.custom_vjp
@@ -247,7 +246,8 @@ def _scan_backward(saved: tuple, cotangents: tuple) -> tuple:
 
     def chunk(carry: tuple, xs: tuple) -> tuple[tuple, _Tokens]:
         h, now, d_y = xs
-        _, (decay, left) = jax.lax.scan(functools.partial(_advance, A), h, now)
+        decay = jnp.exp(now.delta[:, :, None] * A)  # of all steps at once: within the loop XLA computes it for every use
+        _, left = jax.lax.scan(lambda h, xs: _advance(h, *xs), h, (now, decay))
         carry, (d_h, d_delta, d_u) = jax.lax.scan(back, carry, (now, decay, left, d_y), reverse=True)
         driven = now.delta * now.u
         d_C = _over_features(left, d_y) + jnp.sum(driven * d_y, axis=-1, keepdims=True) * now.B

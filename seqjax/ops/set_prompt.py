@@ -7,7 +7,7 @@ comes behind starts after the longest, and sees them all. Attention and position
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ class SetOrder(NamedTuple):
     positions: Int[Array, "#B L"]
     sets: Int[Array, "#B L"]
     members: Int[Array, "#B L"]
+
+    def masks(self, num_keys: int, index: int | Int[Array, ""]) -> dict[str, Any]:
+        """Arguments of `flash_attention`: of queries which are the keys from `index` on."""
+        return {"bias": sibling_bias(self, num_keys, index)}
 
 
 def set_order(parts: Sequence[int | Sequence[int]]) -> SetOrder:

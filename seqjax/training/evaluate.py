@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -61,12 +62,12 @@ class Evaluator:
 
 
 def means(totals: dict[str, np.ndarray], loss_scale: float) -> dict[str, float]:
-    """`{name: sum / count}` of `{name: [sum, count]}`; losses in the task's unit."""
+    """`{name: sum / count}` of `{name: [sum, count]}`; losses in the task's unit, and the root of what is named `rmse`."""
     scales = {"loss": loss_scale, "auxiliary": loss_scale}
     names = sorted(totals, key=lambda name: (name != "loss", name))
     # 0 of 0 is told as 0.
     ratios = {name: float(totals[name][0] / (totals[name][1] or 1.0)) for name in names}
-    return {name: ratio * scales.get(name, 1.0) for name, ratio in ratios.items()}
+    return {name: math.sqrt(r) if name == "rmse" else r * scales.get(name, 1.0) for name, r in ratios.items()}
 
 
 def add_sums(totals: dict[str, np.ndarray], sums: Any) -> None:

@@ -6,6 +6,7 @@ microbatches, devices, hosts and evaluation batches, and are divided once.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from seqjax.config import ConfigError
 from seqjax.models.base import Window
+from seqjax.ops.log_normal_mixture import LogNormalMixture
 
 Sums = dict[str, tuple[Array, Array]]
 Loss = Callable[[Array, dict[str, Array]], Sums]
@@ -64,6 +66,34 @@ def squared_error(
     return {"loss": (_weighted_sum(jnp.square(error), weights), count), "mae": (_weighted_sum(jnp.abs(error), weights), count)}
 
 
+def event_likelihood(
+    outputs: Float[Array, "B L E"], batch: dict[str, Array], *, num_marks: int, log_mean: float = 0.0, log_std: float = 1.0
+) -> Sums:
+    """Negative log-likelihood of the next events, in nats per event: density of the time, probability of the mark.
+
+    Args:
+      outputs: of the head "point_process" with `num_marks` marks, E = 3K + `num_marks`.
+      batch: `targets` `[B, L, 2]`, times to the next event and marks, `weights` `[B, L]`.
+      log_mean, log_std: what the head's mixture is relative to, see `LogNormalMixture.of`. The likelihood is of the times.
+    Returns:
+      Sums under `loss`; its parts `time_nll` and `mark_nll`; `accuracy`, how often the likeliest mark is the next; and
+      `rmse`, the squared error of the expected time, of which the root is taken after division by the count.
+    """
+    weights, (times, marks) = batch["weights"], jnp.moveaxis(batch["targets"], -1, 0)
+    parameters, logits = jnp.split(outputs, [outputs.shape[-1] - num_marks], axis=-1)
+    mixture = LogNormalMixture.of(parameters, log_mean, log_std)
+    times = jnp.where(weights > 0, times, 1.0)  # padding has none
+    of_marks = softmax_cross_entropy(logits, marks.astype(jnp.int32), weights)
+    (mark_nll, count), time_nll = of_marks["loss"], _weighted_sum(-mixture.log_density(times), weights)
+    return {
+        "loss": (time_nll + mark_nll, count),
+        "time_nll": (time_nll, count),
+        "mark_nll": (mark_nll, count),
+        "accuracy": of_marks["accuracy"],
+        "rmse": squared_error(mixture.mean(), times, weights)["loss"],
+    }
+
+
 def in_window(outputs: Array | Window, batch: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
     """Outputs, and of a batch's arrays over tokens, `[B, L, ...]`, the part at the positions that have outputs."""
     if not isinstance(outputs, Window):
@@ -74,11 +104,14 @@ def in_window(outputs: Array | Window, batch: dict[str, Array]) -> tuple[Array, 
 
 
 def loss_of(task: Any) -> Loss:
-    """The loss of a task: its own `loss(outputs, batch)` where it has one, else by the kind of its targets.
+    """The loss of a task: its own `loss(outputs, batch)` where it has one, else by its head or the kind of its targets.
 
     Where `task.scores_rows`, it says too how many rows are right from end to end, under `row_accuracy`.
     """
     loss = getattr(task, "loss", None) or by_targets
+    if getattr(task, "head", None) == "point_process":
+        units = {"log_mean": task.log_mean, "log_std": task.log_std}
+        loss = functools.partial(event_likelihood, num_marks=task.output_dim, **units)
     if not getattr(task, "scores_rows", False):
         return loss
     return lambda outputs, batch: {**loss(outputs, batch), "row_accuracy": row_accuracy(outputs, batch)}

@@ -125,8 +125,8 @@ class Console:
 def _words(name: str, value: float, unit: str) -> str:
     if name == "loss":
         return f"loss {value:.4f} {unit}"
-    if name == "mae":
-        return f"MAE {value:.4f}"
+    if name in ("mae", "rmse"):
+        return f"{name.upper()} {value:.4f}"
     if name in ("accuracy", "mfu"):
         return f"{name} {value:.1%}"
     if name == "tokens_per_second":

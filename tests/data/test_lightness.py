@@ -7,7 +7,8 @@ PROGRAM = """
 import sys
 from seqjax.registry import TASKS, load_all
 load_all("seqjax.data")
-assert {"python_source", "text_file", "sequential_images", "forecasting", "autoregressive"} <= set(TASKS), TASKS
+names = {"python_source", "text_file", "sequential_images", "forecasting", "autoregressive", "hawkes", "control"}
+assert names <= set(TASKS), TASKS
 heavy = {"tensorflow_datasets", "grain", "tensorflow", "array_record", "PIL", "jax"}
 print(*sorted(heavy & set(sys.modules)))
 """

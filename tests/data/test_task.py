@@ -8,7 +8,9 @@ import pytest
 
 from seqjax.config import ConfigError, Option, options_of
 from seqjax.data.autoregressive import Autoregressive
+from seqjax.data.control import Control
 from seqjax.data.forecasting import Forecasting
+from seqjax.data.hawkes import Hawkes
 from seqjax.data.python_source import PythonSource
 from seqjax.data.sequential_images import SequentialImages
 from seqjax.data.task import Task
@@ -27,7 +29,10 @@ class Numbers(Task):
         return [{"inputs": np.array([i]), "targets": np.array([i]), "weights": np.ones(1)} for i in range(self.count)]
 
 
-@pytest.fixture(params=["python_split", "python_best_fit", "bytes", "chars", "classify", "density", "forecast", "regress"])
+NAMES = ["python_split", "python_best_fit", "bytes", "chars", "classify", "density", "forecast", "regress", "events", "control"]
+
+
+@pytest.fixture(params=NAMES)
 def make_task(request, tmp_path, tiny_library, mnist_dir, ett_dir):
     text = tmp_path / "text.txt"
     text.write_text("to be, or not to be: that is the question. " * 20)
@@ -42,6 +47,8 @@ def make_task(request, tmp_path, tiny_library, mnist_dir, ett_dir):
         "density": (SequentialImages, {"manual_dir": str(mnist_dir), "objective": "density", **prepared}),
         "forecast": (Forecasting, {"manual_dir": str(ett_dir), "lookback": 12, "horizon": 2700}),
         "regress": (Autoregressive, {"sequence_length": 6, "num_sequences": 90}),
+        "events": (Hawkes, {"sequence_length": 6, "num_sequences": 90}),
+        "control": (Control, {"episode_length": 2, "num_episodes": 90}),
     }[request.param]
     return lambda **changes: cls(**{"batch_size": 4, **options, **changes})
 
@@ -82,13 +89,16 @@ def test_batches_are_what_the_attributes_say(make_task):
             "language_model": (4, task.length),
             "regression": (4, task.length, task.output_dim),
             "forecast": (4, task.horizon, task.output_dim),
+            "point_process": (4, task.length, 2),
         }
         assert batch["targets"].shape == shapes[task.head]
         labels = task.num_classes or task.vocab_size
         assert batch["targets"].dtype == (np.int32 if labels else np.float32)
         assert not labels or (batch["targets"].min() >= 0 and batch["targets"].max() < labels)
         assert not tokens or (batch["inputs"].min() >= 0 and batch["inputs"].max() < task.vocab_size)
-        assert batch["weights"].shape == batch["targets"].shape
+        assert batch["weights"].shape == (
+            batch["targets"].shape[:2] if task.head == "point_process" else batch["targets"].shape
+        )
         assert batch["weights"].dtype == np.float32
         assert ("segment_ids" in batch) == isinstance(task, PythonSource)
 

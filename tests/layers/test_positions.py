@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqjax.layers.positions import alibi_slopes, rotary_frequencies, rotate, sinusoids
+from seqjax.layers.positions import (
+    alibi_slopes,
+    lrpe,
+    lrpe_frequencies,
+    raster_coordinates,
+    rotary_frequencies,
+    rotate,
+    sinusoids,
+)
 
 
 def test_rotation_is_multiplication_by_a_complex_phase():
@@ -54,3 +62,28 @@ def test_sinusoids_follow_the_formula():
 )
 def test_alibi_slopes_are_the_published_ones(heads, slopes):
     np.testing.assert_allclose(alibi_slopes(heads), slopes)
+
+
+def test_raster_coordinates_are_those_of_an_array():
+    wanted = np.stack(np.unravel_index(np.arange(24), (2, 3, 4)), axis=-1)
+    np.testing.assert_array_equal(raster_coordinates(jnp.arange(48)[None], (2, 3, 4))[0], np.tile(wanted, (2, 1)))
+
+
+def test_the_band_of_lrpe_runs_over_all_heads_and_serves_every_axis():
+    np.testing.assert_allclose(lrpe_frequencies(2, 4, 1, theta=100.0).ravel(), 100.0 ** (-np.arange(8) / 4))
+    np.testing.assert_allclose(lrpe_frequencies(2, 4, 2)[1], 10000.0 ** -np.array([1, 1.25, 1, 1.25]))
+    assert lrpe_frequencies(1, 5, 2).shape == (1, 5)  # three features of the first axis, two of the second
+
+
+def test_scores_under_lrpe_depend_on_the_differences_along_each_axis_alone():
+    rng = np.random.default_rng(2)
+    q, k = rng.standard_normal((2, 1, 1, 3, 5))
+    frequencies = lrpe_frequencies(3, 5, 2)
+    angles = np.concatenate([4 * frequencies[:, :3], -7 * frequencies[:, 3:]], axis=1)
+    with jax.enable_x64(True):
+        place = lambda a, row, column: np.asarray(lrpe(jnp.asarray(a), jnp.array([[[row, column]]]), frequencies))
+        score = lambda p, s: np.sum(place(q, *p) * place(k, *s), axis=-1)[0, 0]
+        here, there, elsewhere = score((6, 1), (2, 8)), score((50, 22), (46, 29)), score((6, 1), (2, 9))
+    np.testing.assert_allclose(here, np.sum(q * k * np.cos(angles), axis=-1)[0, 0], atol=1e-12)
+    np.testing.assert_allclose(there, here, atol=1e-12)
+    assert np.abs(elsewhere - here).max() > 1e-3

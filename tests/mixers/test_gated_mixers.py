@@ -1,4 +1,4 @@
-"""RG-LRU, RWKV-4, xLSTM and LightNet: blocks against reference arrays, or the papers' equations token by token in float64."""
+"""RG-LRU, RWKV-4 and xLSTM: blocks against reference arrays, or the papers' equations token by token in float64."""
 
 import pathlib
 
@@ -75,26 +75,9 @@ def slstm(p, x):
     return np.array(y)
 
 
-def lightnet(initial_unit):
-    def block(p, x):
-        q, k, v = (np.einsum("ld,dhk->lhk", x, p[name]["kernel"]) for name in ("query", "key", "value"))
-        y = np.zeros_like(v)
-        for t in range(len(x)):
-            weights = np.exp(k[: t + 1])
-            weights = weights / (weights.sum(0) + initial_unit)
-            y[t] = np.einsum("hk,shk,shw->hw", q[t] * sigmoid(q[t]), weights, v[: t + 1])
-        y, gate = y.reshape(x.shape), x @ p["gate_in"]["kernel"] @ p["gate_out"]["kernel"]
-        normed = y / np.sqrt((y**2).mean(-1, keepdims=True) + 1e-5) * p["norm"]["scale"]
-        return (normed * gate * sigmoid(gate)) @ p["out"]["kernel"]
-
-    return block
-
-
 CASES = [
     ("rg_lru", {"num_heads": 2}, rg_lru),
     ("slstm", {"num_heads": 2}, slstm),
-    ("lightnet", {"num_heads": 2, "chunk_size": 4}, lightnet(0)),
-    ("lightnet", {"num_heads": 2, "initial_unit": True}, lightnet(1)),
 ]
 
 
@@ -180,7 +163,6 @@ def test_initial_values_are_the_published_ones():
         ("mlstm", {"chunk_size": 0}, "model.chunk_size=0"),
         ("slstm", {"num_heads": 3}, "model.num_heads=3 does not divide the width 8"),
         ("slstm", {"conv_width": 1}, "model.conv_width=1 is too small"),
-        ("lightnet", {"gate_rank": 0}, "model.gate_rank=0"),
     ],
 )
 def test_bad_options(name, options, message):

@@ -16,6 +16,7 @@ from seqjax.testing.faces import relative_error
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 7)), jnp.int32)
 ACT = {"halting": "act", "num_steps": 5}
+SOURCE = {"position_restart": int(TOKENS[0, 3]), "bidirectional_source": True}
 
 
 def build(**options):
@@ -38,11 +39,10 @@ def layer_norm(x, p):
     return y * p["scale"] + p["bias"]
 
 
-def attend(x, p, causal):
+def attend(x, p, seen):
     q, k, v = (np.einsum("bld,dhk->blhk", x, p[name]["kernel"]) for name in ("query", "key", "value"))
     logits = np.einsum("bqhk,bshk->bhqs", q, k) / np.sqrt(q.shape[-1])
-    if causal:
-        logits = np.where(np.tril(np.ones(logits.shape[2:], bool)), logits, -np.inf)
+    logits = np.where(seen[:, None], logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return np.einsum("bhqs,bshk,hkd->bqd", weights, v, p["out"]["kernel"])
@@ -59,12 +59,29 @@ def coordinates(count, width):
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
 
 
+def places_and_mask(model, tokens):
+    """Where each token stands, and which others it sees."""
+    length = tokens.shape[1]
+    at = np.tile(np.arange(length), (len(tokens), 1))
+    seen = np.ones((len(tokens), length, length), bool)
+    seen = np.tril(seen) if model.causal else seen
+    for row, places, pairs in zip(np.asarray(tokens), at, seen):
+        marks = [i for i in range(length) if row[i] == model.position_restart]
+        for mark in marks:
+            places[mark:] = np.arange(length - mark)
+        if model.bidirectional_source:
+            end = next((mark for mark in marks if mark > 0), length)
+            pairs[:end, :end] = True
+    return at, seen
+
+
 def reference(model, variables, tokens):
     """Equations 4 to 7 of Dehghani et al. 2019, and the loop of appendix C: logits, and ponder time per position."""
     p = jax.tree.map(np.asarray, variables["params"])
     block, table = p["step"]["block"], p["embedding"]["table"]
     x = table[np.asarray(tokens)]
-    places, steps = (coordinates(count, x.shape[2]) for count in (x.shape[1], model.num_steps))
+    at, seen = places_and_mask(model, tokens)
+    places, steps = coordinates(x.shape[1], x.shape[2])[at], coordinates(model.num_steps, x.shape[2])
     total, remainder, taken, outcome = (np.zeros((*x.shape[:2], 1)) for _ in range(4))
     for t in range(model.num_steps):
         old, running = x, total < 1
@@ -77,10 +94,10 @@ def reference(model, variables, tokens):
             total = np.where(halts, 1, total + weight)
             taken += running
         if model.norm_position == "pre":
-            x = x + attend(layer_norm(x, block["norm_0"]), block["attention_0"], model.causal)
+            x = x + attend(layer_norm(x, block["norm_0"]), block["attention_0"], seen)
             x = x + feed_forward(layer_norm(x, block["norm_1"]), block["mlp_1"])
         else:
-            x = layer_norm(x + attend(x, block["attention_0"], model.causal), block["norm_0"])
+            x = layer_norm(x + attend(x, block["attention_0"], seen), block["norm_0"])
             x = layer_norm(x + feed_forward(x, block["mlp_1"]), block["norm_1"])
         if model.halting == "act":
             outcome = outcome + weight * x
@@ -90,19 +107,19 @@ def reference(model, variables, tokens):
     return y @ table.T, (taken + remainder)[..., 0]
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("mask", [{}, {"causal": False}, SOURCE])
 @pytest.mark.parametrize("norm_position", ["pre", "post"])
 @pytest.mark.parametrize("options", [{}, ACT, ACT | {"halted": "copy"}])
-def test_the_equations(options, norm_position, causal):
+def test_the_equations(options, norm_position, mask):
     with jax.enable_x64(True):
         types = {"dtype": "float64", "param_dtype": "float64", "activation": "relu"}
-        model = build(norm_position=norm_position, causal=causal, **options, **types)
+        model = build(norm_position=norm_position, **mask, **options, **types)
         variables = variables_of(model)
         outputs = run(model, variables, train=True, mutable=["losses", "intermediates"])
     (logits, _), sown = jax.tree.map(np.asarray, outputs)
     wanted, ponder = reference(model, variables, TOKENS)
     assert relative_error(logits, wanted) < 1e-9
-    if options:
+    if model.adaptive:
         assert len(set(np.round(ponder, 9).ravel())) > 2  # positions differ
         np.testing.assert_allclose(sown["losses"]["ponder"][0], model.ponder_weight * ponder.mean(), rtol=1e-9)
         np.testing.assert_allclose(sown["intermediates"]["halting"][0].sum(0), 1, rtol=1e-9)
@@ -179,6 +196,21 @@ def test_positions_count_anew_from_a_token():
     np.testing.assert_array_equal(found.positions - origins, wanted)
 
 
+def test_a_source_may_follow_another_and_a_target_a_carried_source():
+    mark = SOURCE["position_restart"]
+    model, rows = build(**SOURCE), jnp.array([[mark, 1, 2, 3, mark, 4, 5], [mark, 6, 7, 8, mark, 9, 1]])
+    variables, call = variables_of(model), jax.jit(model.apply)
+    whole, _ = call(variables, rows)
+    packed, _ = call(variables, rows.reshape(1, 14), segment_ids=jnp.repeat(jnp.array([[1, 2]]), 7, axis=1))
+    np.testing.assert_allclose(packed.reshape(whole.shape), whole, rtol=1e-4, atol=1e-4)
+    outputs, state = call(variables, rows[:, :5], model.init_state(2, 8))
+    parts = [outputs]
+    for i in (5, 6):
+        outputs, state = call(variables, rows[:, i : i + 1], state)
+        parts.append(outputs)
+    np.testing.assert_allclose(np.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-4)
+
+
 def test_constants_of_the_mixers_are_kept_for_decoding():
     small = {"vocab_size": 64, "embed_dim": 8, "num_steps": 2, "pattern": ("dss",), "state_dim": 4}
     model = seqjax.build({"name": "universal_transformer", **small})
@@ -203,6 +235,9 @@ def test_constants_of_the_mixers_are_kept_for_decoding():
         ({"position": "rope", "position_offset": 3}, "model.position_offset=3 with model.position='rope'"),
         ({"position": "rope", "position_restart": 3}, "model.position_restart=3 with model.position='rope'"),
         ({"position_restart": 64}, "model.position_restart=64 is not a token of model.vocab_size=64"),
+        ({"bidirectional_source": True}, "model.position_restart=None and model.causal=True has no source"),
+        ({**SOURCE, "causal": False}, "and model.causal=False has no source"),
+        ({**SOURCE, "window": 3}, "model.bidirectional_source=True does not fit attention in model.pattern"),
         ({"num_heads": 5}, "model.num_heads=5 does not divide"),
     ],
 )

@@ -17,7 +17,7 @@ from seqjax.ops import (
     flash_attention,
     merge_attention,
 )
-from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, live_blocks, static_blocks, visible
+from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, live_blocks, static_blocks, visible, whole_blocks
 
 IMPLEMENTATIONS = ("xla", "reference")
 
@@ -352,6 +352,8 @@ def test_blocks_are_skipped_only_where_no_pair_attends(call, sizes):
     assert not np.any(any_seen & ~live), "a live block was skipped"
     assert not np.any(any_seen & ~some), "a block was skipped at compile time"
     assert np.all(seen.all(axis=(0, 2, 4)) | ~every), "a block lost its mask"
+    whole = np.broadcast_to(whole_blocks(spec, mask, *cuts), live.shape)
+    np.testing.assert_array_equal(whole, seen.all(axis=(2, 4)))
 
 
 @pytest.mark.parametrize("causal", [True, False])

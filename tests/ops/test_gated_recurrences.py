@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from seqjax.ops import SoftmaxSums, linear_attention
+from seqjax.ops import SoftmaxSums, bidirectional_linear_attention, linear_attention
 from seqjax.ops.cells import slstm_cell
-from seqjax.ops.log_space import running_log_sum, running_max
+from seqjax.ops.log_space import running_log_sum, running_max, segment_log_sum
 from seqjax.ops.mlstm import MatrixMemory, mlstm
 from seqjax.ops.recurrence import recurrence
 from seqjax.ops.rg_lru import rg_lru
@@ -137,6 +137,33 @@ def test_the_softmax_over_time_of_lightnet_equals_the_reference():
     np.testing.assert_allclose(log_decay, golden["log_decay"], atol=1e-12)
     np.testing.assert_allclose(y, golden["y_causal"], atol=1e-10)
     np.testing.assert_allclose(state, golden["final_S"], atol=1e-10)
+
+
+def test_the_softmax_over_whole_rows_of_lightnet_equals_the_reference():
+    golden = np.load(DATA / "lightnet.npz")
+    with jax.enable_x64(True):
+        q, k, v = arrays([golden[name] for name in "qkv"])
+        totals = segment_log_sum(k)
+        y = bidirectional_linear_attention(jax.nn.silu(q), jnp.exp(k - totals), v)
+    np.testing.assert_allclose(totals[:, 0], golden["z"][:, -1], atol=1e-12)
+    np.testing.assert_allclose(y, golden["y_noncausal"], atol=1e-12)
+
+
+def test_sums_over_segments_equal_sums_over_pairs():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 11, 2, 3)) for _ in range(3))
+    runs = np.cumsum(STARTS, axis=1)
+    same = runs[:, :, None] == runs[:, None, :]
+    totals = np.log(np.einsum("bts,bshk->bthk", same, np.exp(k)))
+    wanted = np.einsum("bthk,bshk,bts,bshw->bthw", q, k, same, v)
+    with jax.enable_x64(True):
+        starts = jnp.asarray(STARTS)
+        sums = lambda k: segment_log_sum(jnp.asarray(k), starts=starts)
+        run = lambda *a: bidirectional_linear_attention(*arrays(a), starts=starts, chunk_size=4)
+        np.testing.assert_allclose(sums(k), totals, atol=1e-12)
+        np.testing.assert_allclose(run(q, k, v), wanted, atol=1e-12)
+        check_grads(sums, (k,), order=1, modes=["rev"], rtol=1e-6)
+        check_grads(run, (q, k, v), order=1, modes=["rev"], rtol=1e-6)
 
 
 def test_running_maxima_and_log_sums_equal_loops():

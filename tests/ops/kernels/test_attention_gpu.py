@@ -12,7 +12,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqjax.ops.attention import GPU_WIDTHS, flash_attention
-from seqjax.ops.attention_mask import AttentionMask, AttentionSpec, Blocks, visible, whole_blocks
+from seqjax.ops.attention_mask import AttentionMask, AttentionSpec
+from seqjax.ops.dispatch import platform_kernel
 from seqjax.ops.kernels import attention_gpu
 from seqjax.testing.gpu import available, compile_kernels
 
@@ -147,22 +148,37 @@ def test_nothing_is_spilled(width):
     assert [kernel.spilled_bytes for kernel in kernels] == [0, 0, 0]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        dict(dtype=jnp.float32),
-        dict(width=32),
-        dict(softcap=5.0),
-        dict(alibi_slopes=jnp.ones(1)),
-        dict(bias=jnp.zeros((1, 1, 8, 8))),
-    ],
-    ids=lambda options: next(iter(options)),
-)
-def test_what_the_kernel_does_not_serve_is_an_error(options):
-    sizes = {name: options.pop(name) for name in ("dtype", "width") if name in options}
-    (q, k, v, _), *_ = draw(8, 8, **sizes)
+UNSERVED = {
+    "float32": dict(dtype=jnp.float32),
+    "width": dict(width=32),
+    "softcap": dict(softcap=5.0),
+    "alibi_slopes": dict(alibi_slopes=jnp.ones(1)),
+    "bias": dict(bias=jnp.zeros((1, 1, 32, 32))),
+    "one_query": dict(length=1),
+}
+
+
+@pytest.mark.parametrize("case", UNSERVED)
+def test_what_the_kernel_does_not_serve_is_an_error(case):
+    sizes = {"length": 32, "width": 64, "dtype": jnp.bfloat16}
+    options = {name: x for name, x in UNSERVED[case].items() if name not in sizes}
+    (q, k, v, _), *_ = draw(keys=32, **sizes | {name: x for name, x in UNSERVED[case].items() if name in sizes})
     with pytest.raises(ValueError, match="'pallas_gpu' does not serve this call"):
         flash_attention(q, k, v, **options, implementation="pallas_gpu")
+
+
+@pytest.mark.parametrize("options", [dict(window=9), dict(q_offset=3), dict(return_lse=True)], ids=str)
+def test_what_cudnn_does_not_serve_is_an_error(options):
+    (q, k, v, _), *_ = draw(32, 32)
+    with pytest.raises(ValueError, match="'cudnn' does not serve this call"):
+        flash_attention(q, k, v, **options, implementation="cudnn")
+
+
+def test_cudnn_comes_first_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert platform_kernel(("xla", "pallas_gpu", "cudnn")) == "cudnn"
+    assert platform_kernel(("xla", "pallas_gpu")) == "pallas_gpu"
+    assert platform_kernel(("xla", "reference")) is None
 
 
 @interpreted
@@ -174,13 +190,3 @@ def test_named_by_the_caller_it_is_differentiated(plain_products):
         found = *outputs, *pull((d_out, d_lse))
     for got, want in zip(found, by_hand(*call)):
         assert_near(got, want, 2.0**-7, "")
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_whole_blocks_are_those_in_which_all_attend(causal):
-    *_, spec, mask = draw(40, 56, rows=3, q_offset=[3, 20, 9], causal=causal, window=31, segments=2)
-    queries, keys = Blocks(40, 8), Blocks(56, 4)
-    seen = np.asarray(visible(spec, mask, jnp.arange(40), jnp.arange(56)))
-    want = seen.reshape(3, 5, 8, 14, 4).all(axis=(2, 4))
-    assert want.any()
-    np.testing.assert_array_equal(whole_blocks(spec, mask, queries, keys), want)

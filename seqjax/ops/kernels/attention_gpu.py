@@ -38,10 +38,8 @@ LOG2_E = math.log2(math.e)
 LN_2 = math.log(2.0)
 L2_BYTES = 32 * 2**20
 """What thread blocks that run side by side may read again and again: it stays in the second-level cache."""
-
 PAIR_BYTES = 4
-"""Of two numbers in half precision."""
-
+"""Of a number of the keys and one of the values, or of the queries and of the output's gradient, in half precision."""
 ROWS = 64
 """Rows of a tile: one warpgroup's matrix product has so many."""
 WARPGROUPS = 2
@@ -73,7 +71,6 @@ BACKWARD_QUERIES = {64: _Sizes(128, (2, 2)), 128: _Sizes(64, (3, 3)), 256: _Size
 """The same where tiles of queries look for their gradients."""
 BACKWARD_KEYS = {64: _Sizes(64, (3, 3)), 128: _Sizes(64, (3, 3)), 256: _Sizes(64, (2, 2))}
 """Blocks of queries and of the output's gradients, which tiles of keys meet."""
-WIDTHS = tuple(FORWARD)
 
 
 def forward(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:

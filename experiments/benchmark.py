@@ -5,6 +5,7 @@ python experiments/benchmark.py generate --new_tokens=512
 python experiments/benchmark.py generate_runs runs/megabyte runs/transformer --new_tokens=8192
 python experiments/benchmark.py generate_images --batch=8
 python experiments/benchmark.py attention --rounds=20
+python experiments/benchmark.py attention_gpu --out=docs/results/attention_gpu.json  # on an H100 or H200
 python experiments/benchmark.py scan --shapes 1x1024x256x16
 python experiments/benchmark.py state_space --batches 1 8 --lengths 256 4096
 python experiments/benchmark.py selective_scan --shapes 4x1024x256x16
@@ -22,7 +23,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 
-from benchmarks.attention import attention
+from benchmarks.attention import attention, attention_gpu
 from benchmarks.generation import generate, generate_images, generate_runs
 from benchmarks.linear_attention import linear_attention
 from benchmarks.newton_scan import newton, newton_tpu
@@ -61,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
     command(generate_images, 1, layers=8, width=256, heads=8, batch=1, pixels=784, bucket=56)
     shapes = [(4, 512, 4, 64), (1, 4096, 4, 64)]
     command(attention, 20).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="such as 4x512x4x64")
+    command(attention_gpu, 20, calls=20)
     shapes = [(1, 1024, 256, 16), (4, 1024, 256, 16), (8, 2048, 512, 16)]
     command(scan, 5).add_argument("--shapes", type=_shape, nargs="+", default=shapes, help="B, L, D, N, such as 1x1024x256x16")
     selective = command(selective_scan, 5, layers=4, width=256, batch=4, length=1024)

@@ -58,8 +58,10 @@ def flash_attention(
       sinks: per head, the logit of a key without value: it joins the sum of each softmax, no mask hides it (gpt-oss, 2025).
       scale: default `1 / sqrt(K)`.
       return_lse: also give the log of each softmax's sum, of the sink too, in at least float32, for `merge_attention`.
-      implementation: "xla" (memory linear in length), "pallas_tpu" (from 16 queries on, without bias), "reference" (plain,
-        materialises all pairs), or None for the platform's fastest that serves the call.
+      implementation: "xla" (memory linear in length), "pallas_tpu" (from 16 queries on, without bias), "pallas_gpu" (the same
+        on Hopper, in half precision, for heads of width 64, 128 or 256, without soft cap, ALiBi and kv_positions), "cudnn"
+        (in half precision, causal or without masks, no log-sum-exp), "reference" (plain, materialises all pairs), or None
+        for the platform's fastest that serves the call.
     Returns:
       In the dtype of `v`; a query that may see no key gets zeros, and without a sink its log-sum-exp is -inf.
     Raises:
@@ -76,9 +78,11 @@ def flash_attention(
     spec = AttentionSpec(causal, window, static_offset, scale, softcap)
     offsets = None if static_offset is not None else jnp.atleast_1d(q_offset)
     mask = AttentionMask(offsets, kv_positions, segment_ids, alibi_slopes)
-    served = {name: kernel for name, kernel in KERNELS.items() if _serves(name, mask, q, k, v, bias)}
+    served = {name: kernel for name, kernel in KERNELS.items() if _serves(name, spec, mask, q, k, v, bias)}
     available = {name: functools.partial(_attend, kernel, spec) for name, kernel in served.items()}
     available["reference"] = functools.partial(_reference, spec)
+    if not return_lse and sinks is None and _cudnn_serves(spec, mask, q, k, v, bias):
+        available["cudnn"] = functools.partial(_cudnn, spec)
     out, lse = dispatch(implementation, available, mask, q, k, v, bias)
     if sinks is not None:
         nothing = jnp.zeros((1, 1, 1, 1), out.dtype)
@@ -177,23 +181,69 @@ def _kernel(platform: str) -> Kernel:
     return Kernel(functools.partial(run, "forward"), functools.partial(run, "backward"))
 
 
-KERNELS = {"xla": Kernel(blockwise_attention.forward, blockwise_attention.backward), "pallas_tpu": _kernel("tpu")}
+KERNELS = {
+    "xla": Kernel(blockwise_attention.forward, blockwise_attention.backward),
+    "pallas_tpu": _kernel("tpu"),
+    "pallas_gpu": _kernel("gpu"),
+}
 
 FEWEST_QUERIES = 16
-"""Fewer are a step of decoding: kernels would rearrange the whole cache, which XLA reads where it lies."""
+"""Fewer are a step of decoding: kernels would rearrange the whole cache, or read it once for each head of a group; XLA reads it
+once, where it lies."""
 WIDEST_HEAD = 256
 MOST_PAIRS = 2**34
 """Tables of more pairs of blocks than in 131,072 x 131,072 tokens do not fit into a TPU's scalar memory."""
+GPU_WIDTHS = (64, 128, 256)
+HOPPER = (9, 0)
+"""Compute capability of the GPUs that have the matrix products of the GPU kernel: none before and none after."""
 
 
-def _serves(implementation: str, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
+def _serves(
+    implementation: str, spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None
+) -> bool:
     """Whether an implementation computes this call, on the current mesh."""
     if implementation == "xla":
         return True
-    narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)
-    fits = max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD and q.shape[1] * k.shape[1] <= MOST_PAIRS
     some = q.shape[0] > 0 and q.shape[1] >= FEWEST_QUERIES and k.shape[1] > 0
-    return bias is None and narrow and fits and some and undivided_mesh()
+    if not some or bias is not None or not undivided_mesh():
+        return False
+    if implementation == "pallas_gpu":
+        plain = spec.scale > 0 and spec.softcap is None and mask.kv_positions is None and mask.alibi_slopes is None
+        fits = q.shape[-1] == v.shape[-1] and q.shape[-1] in GPU_WIDTHS and _half_precision(q, k, v)
+        # Mosaic GPU of before JAX 0.11 loads otherwise.
+        return plain and fits and _compute_capability() == HOPPER and jax.__version_info__ >= (0, 11)
+    narrow = q.dtype == k.dtype == v.dtype and q.dtype in (jnp.float32, jnp.bfloat16)
+    return narrow and max(q.shape[-1], v.shape[-1]) <= WIDEST_HEAD and q.shape[1] * k.shape[1] <= MOST_PAIRS
+
+
+def _cudnn_serves(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> bool:
+    """Whether cuDNN computes this call; it gives no log-sum-exp in float32."""
+    plain = bias is None and spec.window is None and spec.softcap is None and all(a is None for a in mask)
+    placed = spec.q_offset == 0 or not spec.causal
+    some = q.shape[0] > 0 and q.shape[1] >= FEWEST_QUERIES and k.shape[1] > 0
+    capability = _compute_capability()
+    widest = 256 if capability >= HOPPER else 128
+    fits = q.shape[-1] == v.shape[-1] <= widest and q.shape[-1] % 8 == 0
+    return plain and placed and some and fits and _half_precision(q, k, v) and capability >= (8, 0)
+
+
+def _half_precision(*arrays: Array) -> bool:
+    [dtype, *others] = {a.dtype for a in arrays}
+    return not others and dtype in (jnp.bfloat16, jnp.float16)
+
+
+def _compute_capability() -> tuple[int, ...]:
+    """Of this process's GPU, (0,) if AMD made it; where it has none, it compiles for another machine's, Hopper."""
+    if jax.default_backend() != "gpu":
+        return HOPPER
+    numbers = jax.devices()[0].compute_capability.split(".")
+    return tuple(map(int, numbers)) if all(map(str.isdigit, numbers)) else (0,)
+
+
+def _cudnn(spec: AttentionSpec, mask: AttentionMask, q: Array, k: Array, v: Array, bias: Array | None) -> tuple[Array, Array]:
+    """The output, and in place of the log-sum-exp, for which nobody asked, no number."""
+    out = jax.nn.dot_product_attention(q, k, v, scale=spec.scale, is_causal=spec.causal, implementation="cudnn")
+    return out, jnp.full(q.shape[:3], jnp.nan, jnp.float32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax
 
-PLATFORM_KERNELS = {"pallas_tpu": ("tpu", "tpu"), "pallas_gpu": ("gpu", "cuda")}
-"""Implementations that exist for one platform only: JAX's name of the backend, and `lax.platform_dependent`'s."""
+PLATFORM_KERNELS = {"pallas_tpu": ("tpu", "tpu"), "cudnn": ("gpu", "cuda"), "pallas_gpu": ("gpu", "cuda")}
+"""Implementations that exist for one platform only, the preferred first: JAX's name of the backend, and
+`lax.platform_dependent`'s."""
 
 
 def dispatch(implementation: str | None, available: Mapping[str, Callable[..., Any]], *args: Any) -> Any:
@@ -29,17 +30,18 @@ def dispatch(implementation: str | None, available: Mapping[str, Callable[..., A
                 f"{', '.join(sorted(available))}."
             )
         return available[implementation](*args)
-    kernel = platform_kernel()
-    if kernel in available:
+    kernel = platform_kernel(available)
+    if kernel is not None:
         _, platform = PLATFORM_KERNELS[kernel]
         return jax.lax.platform_dependent(*args, **{platform: available[kernel]}, default=available["xla"])
     return available["xla"](*args)
 
 
-def platform_kernel() -> str | None:
-    """The kernels' name on the platform that this process runs on; None where it has none."""
+def platform_kernel(available: Container[str] = tuple(PLATFORM_KERNELS)) -> str | None:
+    """The first of the kernels on the platform that this process runs on; None where `available` has none."""
     backend = jax.default_backend()
-    return next((name for name, (wanted, _) in PLATFORM_KERNELS.items() if wanted == backend), None)
+    names = (name for name, (wanted, _) in PLATFORM_KERNELS.items() if wanted == backend and name in available)
+    return next(names, None)
 
 
 def undivided_mesh() -> bool:

@@ -66,7 +66,8 @@ def check(operands, **options):
         result, expected = np.asarray(result, np.float64), np.asarray(expected)
         np.testing.assert_array_equal(np.isfinite(result), np.isfinite(expected), err_msg=name)
         finite = np.isfinite(expected)
-        error = np.abs(result - expected)[finite].max(initial=0) / np.abs(expected)[finite].max(initial=1e-30)
+        result, expected = result[finite], expected[finite]
+        error = np.abs(result - expected).max() / np.abs(expected).max()
         # Weights and their gradients are rounded to the operands' dtype before they are multiplied.
         limit = 2e-6 if q.dtype == jnp.float32 else 1e-5 if name == "lse" else 8e-3
         assert error <= limit, (name, error)
@@ -186,7 +187,7 @@ def gate():
 
 
 @pytest.mark.skipif(gate() is not None, reason=str(gate()))
-@pytest.mark.parametrize(("chip", "forward", "backward"), [("v5e", 5500, 8900), ("v5p", 5500, 8900), ("v6e", 3700, 5500)])
+@pytest.mark.parametrize(("chip", "forward", "backward"), [("v5e", 5500, 8900), ("v5p", 5500, 9200), ("v6e", 3700, 5500)])
 def test_cycles_per_tile(chip, forward, backward):
     """Of 1024 queries and 1024 keys of width 128 in bfloat16, none masked. JAX's splash attention takes 6234 and 10280 on v5e."""
     arguments = shapes(2, 4096, 4096, 4, 2, 128, jnp.bfloat16)

@@ -93,13 +93,12 @@ def backward(
     q, k, v, _ = operands
     terms = (cotangents[0], *row_terms(outputs, cotangents, jnp.dtype(jnp.float32)))
     most = QUERY_BYTES // (4 * _padded(q.shape[-1])) // BLOCK * BLOCK
-    starts = range(0, q.shape[1], most)
-    cut = lambda a, start: a[:, start : start + most]
-    parts = [
-        _backward(*_from_query(spec, mask, start, most), cut(q, start), k, v, *(cut(a, start) for a in terms))
-        for start in starts
-    ]
-    dq, dk, dv = zip(*parts)
+
+    def part(start: int) -> tuple[Array, Array, Array]:
+        cut = lambda a: a[:, start : start + most]
+        return _backward(*_from_query(spec, mask, start, most), cut(q), k, v, *map(cut, terms))
+
+    dq, dk, dv = zip(*map(part, range(0, q.shape[1], most)))
     return jnp.concatenate(dq, axis=1), sum(dk).astype(k.dtype), sum(dv).astype(v.dtype), None
 
 
@@ -430,9 +429,13 @@ def _backward_kernel(
     size = plan.queries.size
     q_block, _, _ = _tile(plan, tiles, pl.program_id(0), t)
 
+    of_queries = lambda block: (r, pl.ds(pl.multiple_of(block * size, LANES), size), slice(None))
+
     @pl.when(t == 0)
     def _():
-        s.q[r] = jnp.zeros(s.q.shape[1:], jnp.float32)
+        @pl.loop(0, plan.queries.count)
+        def _(block):
+            s.q[of_queries(block)] = jnp.zeros((size, s.q.shape[-1]), jnp.float32)
 
     @pl.when(first & (r == 0))
     def _():
@@ -446,7 +449,7 @@ def _backward_kernel(
         d_logits = weights * (_dot(x.v[keys, :], d_out, 1, 1) - rows.inner[...])
         d_scores = (d_logits if slope is None else d_logits * slope).astype(x.q.dtype)
         s.k[keys, :] += _dot(d_scores, x.q[...], 1, 0)
-        s.q[r, pl.ds(pl.multiple_of(q_block * size, LANES), size), :] += _dot(d_scores.T, x.k[keys, :], 1, 0)
+        s.q[of_queries(q_block)] += _dot(d_scores.T, x.k[keys, :], 1, 0)
 
     _each_tile(plan, kinds, tiles, x, fold)
 
@@ -459,8 +462,7 @@ def _backward_kernel(
 
     @pl.when(drained >= 0)
     def _():
-        of_block = s.q[r, pl.ds(pl.multiple_of(drained * size, LANES), size), :]
-        to.q[...] = (plan.spec.scale * of_block).astype(to.q.dtype)
+        to.q[...] = (plan.spec.scale * s.q[of_queries(drained)]).astype(to.q.dtype)
 
 
 def _edges(tiles: _Tiles) -> tuple[Array, Array]:

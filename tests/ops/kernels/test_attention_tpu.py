@@ -15,7 +15,6 @@ from seqjax.ops.attention_mask import AttentionMask, AttentionSpec
 from seqjax.ops.kernels import attention_tpu as kernel
 from seqjax.testing import tpu
 
-CHIPS = ["v5e", "v5p", "v6e"]
 GATED = {"jax": "0.11.2", "libtpu": "0.0.48.1"}
 needs_libtpu = pytest.mark.skipif(tpu.libtpu_missing() is not None, reason=str(tpu.libtpu_missing()))
 
@@ -66,28 +65,32 @@ def check(operands, **options):
         result, expected = np.asarray(result, np.float64), np.asarray(expected)
         np.testing.assert_array_equal(np.isfinite(result), np.isfinite(expected), err_msg=name)
         finite = np.isfinite(expected)
-        error = np.abs(result - expected)[finite].max(initial=0) / np.abs(expected)[finite].max(initial=1e-30)
+        result, expected = result[finite], expected[finite]
+        error = np.abs(result - expected).max() / np.abs(expected).max()
         # Weights and their gradients are rounded to the operands' dtype before they are multiplied.
         limit = 2e-6 if q.dtype == jnp.float32 else 1e-5 if name == "lse" else 8e-3
         assert error <= limit, (name, error)
     assert [a.dtype for a in got] == [v.dtype, jnp.float32, *(a.dtype for a in operands)]
 
 
-@pytest.mark.parametrize(
-    ("shapes", "options"),
-    [
-        ({"length": 256, "keys": 256, "heads": 4, "groups": 2}, {}),
-        ({"length": 140, "keys": 300, "value_width": 24}, {"window": 90, "q_offset": 160, "softcap": 0.8}),
-        ({"length": 200, "keys": 140}, {"causal": False, "window": 70, "scale": 0.7}),
-        ({"length": 200, "keys": 200}, {"causal": False, "segments": True}),
-        ({"length": 140, "keys": 270}, {"q_offset": jnp.asarray([130, -7]), "segments": True}),
-        ({"length": 16, "keys": 200}, {"q_offset": jnp.asarray(170), "kv_positions": jnp.arange(200)[::-1]}),
-        ({"length": 130, "keys": 130}, {"alibi_slopes": jnp.asarray([0.5, 0.1])}),
-        ({"length": 256, "keys": 256, "dtype": "bfloat16"}, {"segments": True}),
-    ],
-    ids=str,
-)
-def test_outputs_and_gradients(interpreted, shapes, options):
+CALLS = {
+    "causal, grouped heads": ({"length": 256, "keys": 256, "heads": 4, "groups": 2}, {}),
+    "window, cap, wide values": (
+        {"length": 140, "keys": 300, "value_width": 24},
+        {"window": 90, "q_offset": 160, "softcap": 0.8},
+    ),
+    "window to both sides": ({"length": 200, "keys": 140}, {"causal": False, "window": 70, "scale": 0.7}),
+    "segments": ({"length": 200, "keys": 200}, {"causal": False, "segments": True}),
+    "each row's offset, segments": ({"length": 140, "keys": 270}, {"q_offset": jnp.asarray([130, -7]), "segments": True}),
+    "positions": ({"length": 16, "keys": 200}, {"q_offset": jnp.asarray(170), "kv_positions": jnp.arange(200)[::-1]}),
+    "ALiBi": ({"length": 130, "keys": 130}, {"alibi_slopes": jnp.asarray([0.5, 0.1])}),
+    "bfloat16": ({"length": 256, "keys": 256, "dtype": "bfloat16"}, {"segments": True}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_outputs_and_gradients(interpreted, call):
+    shapes, options = CALLS[call]
     options = dict(options)
     if options.pop("segments", False):
         options["segment_ids"] = segments(shapes["length"], shapes["keys"])
@@ -161,18 +164,18 @@ def passes(spec):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", CHIPS)
-def test_the_widest_heads_compile(chip):
+def test_the_widest_heads_compile():
+    """For the chip with the least VMEM, with all that a call may ask for."""
     spec = AttentionSpec(True, 700, None, 0.1, 30.0)
     for function in passes(spec):
-        tpu.compile_for(chip, function, *shapes(2, 1000, 4096, 4, 2, 256, jnp.float32, per_row=True))
+        tpu.compile_for("v5p", function, *shapes(1, 8192, 1024, 2, 1, 256, jnp.float32, per_row=True))
 
 
 @needs_libtpu
-@pytest.mark.parametrize("width", [6, 64, 80])
-def test_narrow_heads_compile(width):
+@pytest.mark.parametrize(("chip", "width"), [("v5e", 6), ("v5p", 64), ("v6e", 80)])
+def test_narrow_heads_compile(chip, width):
     for function in passes(AttentionSpec(True, None, 0, 0.1, None)):
-        tpu.compile_for("v5e", function, *shapes(1, 200, 300, 2, 2, width, jnp.bfloat16))
+        tpu.compile_for(chip, function, *shapes(1, 200, 300, 2, 2, width, jnp.bfloat16))
 
 
 def gate():
@@ -186,13 +189,13 @@ def gate():
 
 
 @pytest.mark.skipif(gate() is not None, reason=str(gate()))
-@pytest.mark.parametrize(("chip", "forward", "backward"), [("v5e", 5500, 8900), ("v5p", 5500, 8900), ("v6e", 3700, 5500)])
+@pytest.mark.parametrize(("chip", "forward", "backward"), [("v5e", 5500, 8900), ("v5p", 5500, 9200), ("v6e", 3700, 5500)])
 def test_cycles_per_tile(chip, forward, backward):
-    """Of 1024 queries and 1024 keys of width 128 in bfloat16, none masked. JAX's splash attention takes 6234 and 10280 on v5e."""
-    arguments = shapes(2, 4096, 4096, 4, 2, 128, jnp.bfloat16)
+    """Of 1024 queries and 1024 keys of width 128 in bfloat16, none masked. Splash attention takes 6234 and 10280 on v5e."""
+    arguments = shapes(1, 2048, 2048, 1, 1, 128, jnp.bfloat16)
     spec = AttentionSpec(False, None, 0, 0.1, None)
     for name, function, target in zip(("forward", "backward"), passes(spec), (forward, backward)):
         loops = tpu.schedule(chip, function, *arguments, kernel=f"{name}_kernel")
-        chunk = next(loop for loop in loops if loop.depth == 2)
+        chunk = max(loops, key=lambda loop: loop.slots["EUP"] if loop.depth == 2 else -1)
         chunks = kernel.BLOCK // kernel.CHUNK
         assert chunks * chunk.bundles <= target, tpu.report(loops)

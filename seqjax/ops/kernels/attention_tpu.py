@@ -242,10 +242,10 @@ def _from_query(spec: AttentionSpec, mask: AttentionMask, start: int, length: in
 
 def _inputs(plan: _Plan, mask: AttentionMask, q: Array, k: Array, v: Array) -> _Inputs:
     q_ids = k_ids = k_at = None
-    if mask.segment_ids is not None:
+    if mask.segment_ids is not None:  # negative ids become those that match none
         q_ids, k_ids = mask.segment_ids
         k_ids = _whole(jnp.maximum(k_ids, -1), plan.keys, 1, -1)[:, None]
-        q_ids = _whole(jnp.maximum(q_ids, -2) - (q_ids == -1), plan.queries, 1, -2)[:, None]
+        q_ids = _whole(jnp.where(q_ids < 0, -2, q_ids), plan.queries, 1, -2)[:, None]
     if mask.kv_positions is not None:
         k_at = _whole(mask.kv_positions[None], plan.keys, 1, 0)[:, None]
     return _Inputs(_by_head(q, plan.queries), _by_head(k, plan.keys), _by_head(v, plan.keys), q_ids, k_ids, k_at)

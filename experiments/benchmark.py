@@ -14,6 +14,7 @@ python experiments/benchmark.py decode --out=docs/results/decode.json
 python experiments/benchmark.py linear_attention --out=docs/results/linear_attention.json
 python experiments/benchmark.py newton --lengths 256 4096
 python experiments/benchmark.py newton_tpu --out=docs/results/newton_tpu.json  # compiles with libtpu; needs no TPU
+python experiments/benchmark.py kernels_tpu --out=docs/results/kernels_tpu.json  # the same
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Callable
 
 from benchmarks.attention import attention, attention_gpu
 from benchmarks.generation import generate, generate_images, generate_runs
+from benchmarks.kernels_tpu import kernels_tpu
 from benchmarks.linear_attention import linear_attention
 from benchmarks.newton_scan import newton, newton_tpu
 from benchmarks.scan import scan
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     matrix.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(10, 17)], help="for the memory")
     for solved in (command(newton, 5, batch=4, width=256), command(newton_tpu, 1, batch=4, width=256)):
         solved.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    command(kernels_tpu, 1, length=4096, features=2048, modes=16)
     faces = command(state_space, 3, width=256, state=64, tokens=64)
     faces.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     faces.add_argument("--lengths", type=int, nargs="+", default=[4**n for n in range(2, 8)])

@@ -37,7 +37,8 @@ class DiffusionForcing:
     recurrence. So behind a revised draft the wavefront begins anew. Then nothing is approximate: for any `inner_steps`, with
     `threshold` 0, the tokens are those of plain decoding, and the drafts save passes only. With N tokens and T steps they
     are `N + T / inner_steps - 2` if no draft is revised, and never more than the `(N - 1) T / inner_steps` of plain
-    decoding. With all steps in one pass it is plain decoding.
+    decoding. With all steps in one pass it is plain decoding. A pass works as much as plain decoding does for a token, in
+    fewer steps one after another: it pays where one token leaves a device idle.
 
     Attributes:
       inner_steps: steps in depth per pass, a divisor of the model's.
@@ -185,8 +186,8 @@ def decode(
     """
     variables = model.prepare(variables)
     (batch_size, length), stages = tokens.shape, model.num_steps // inner_steps
-    spare = length + num_tokens  # the slot where stages without a position write
-    state = model.init_state(batch_size, spare + 1)
+    spare = length + num_tokens - 1  # where stages without a position write: the last token is no input
+    state = model.init_state(batch_size, length + num_tokens)
     logits, state = model.apply(variables, tokens, state, segment_ids=segment_ids)
     wavefront = Wavefront.of(model)
 

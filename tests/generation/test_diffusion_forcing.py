@@ -11,19 +11,24 @@ from seqjax.config import ConfigError
 from seqjax.generation.diffusion_forcing import DiffusionForcing
 from seqjax.generation.generate import pad_left
 
-MARK = 20
+MARK = 44
 PROMPTS = [[5, 6, 7, MARK], [9, MARK], [MARK, 10, MARK, 11]]
 NUM_TOKENS, DEPTH = 10, 4
-UNTIED = {"tie_embeddings": False}  # no token repeats itself at once
+VARIED = {"tie_embeddings": False, "embed_init": 2.0}  # so that tokens change what follows
 VARIANTS = [
-    {"position_restart": MARK, "bidirectional_source": True},
+    {"position_restart": MARK, "bidirectional_source": True},  # which it generates
     {"position": "rope", "step_embedding": "none", "norm_position": "post", "num_kv_heads": 2},
-    {"position": "learned", "pattern": ("attention", {"name": "attention", "shares": True}, "glu"), "norm": "rms"},
+    {
+        "position": "learned",
+        "max_length": 14,
+        "pattern": ("attention", {"name": "attention", "shares": True}, "glu"),
+        "norm": "rms",
+    },
 ]
 
 
 def build(**options):
-    model = seqjax.build({**seqjax.example_config("universal_transformer").to_dict(), "num_steps": DEPTH, **UNTIED, **options})
+    model = seqjax.build({**seqjax.example_config("universal_transformer").to_dict(), "num_steps": DEPTH, **VARIED, **options})
     variables = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))
     rng = np.random.default_rng(0)  # initial values would leave the block the identity
     return model, jax.tree.map(lambda a: a + 0.3 * rng.standard_normal(a.shape).astype(a.dtype), variables)
@@ -127,11 +132,11 @@ def test_the_rule(inner_steps, threshold):
 
 
 def test_a_wide_threshold_is_plain_decoding_at_the_depth_of_a_pass():
-    model, variables = build()
-    new, passes = run(model, variables, 2, 1e9, PROMPTS[:1])
-    rest = seqjax.generate(model.clone(num_steps=2), variables, [[*PROMPTS[0], int(new[0, 0])]], NUM_TOKENS - 1)
+    (model, variables), prompt = build(**VARIANTS[2]), PROMPTS[0]
+    new, passes = run(model, variables, 2, 1e9, [prompt])
+    rest = seqjax.generate(model.clone(num_steps=2), variables, [[*prompt, int(new[0, 0])]], NUM_TOKENS - 1)
     np.testing.assert_array_equal(new[0, 1:], rest[0])
-    assert (new != seqjax.generate(model, variables, PROMPTS[:1], NUM_TOKENS)).any()
+    assert (new != seqjax.generate(model, variables, [prompt], NUM_TOKENS)).any()
     assert passes[0] == NUM_TOKENS - 1
 
 

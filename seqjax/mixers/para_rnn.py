@@ -33,11 +33,14 @@ class ParaRNN(DiagonalRecurrence):
     Attributes:
       num_heads: blocks of the gates' input map; None is 4, or the largest power of 2 below that divides the inner width.
       implementation: "newton" or "sequential"; None is the loop on CPU and "newton" elsewhere.
+      recurrent_init: standard deviation of the recurrent weights at first; None is the authors' `2 / sqrt(5 E)`. With 1 some
+        features flip their sign at first, and parity is learned.
       max_iterations, tolerance: of Newton's method, see `newton_scan`.
     """
 
     num_heads: int | None = None
     implementation: str | None = None
+    recurrent_init: float | None = None
     max_iterations: int = MAX_ITERATIONS
     tolerance: float | None = None
 
@@ -50,6 +53,8 @@ class ParaRNN(DiagonalRecurrence):
         check_heads(self.heads, self.inner, f"the inner width {self.inner}")
         if self.implementation is not None:
             choose(dict.fromkeys(IMPLEMENTATIONS), self.implementation, "model.implementation")
+        if self.recurrent_init is not None and not self.recurrent_init > 0:
+            raise ConfigError(f"model.recurrent_init={self.recurrent_init} is not positive; allowed: None, or above 0.")
         if self.max_iterations < 1:
             raise ConfigError(f"model.max_iterations={self.max_iterations} is not positive; allowed: 1 and above.")
         if self.tolerance is not None and not self.tolerance > 0:
@@ -101,7 +106,7 @@ class ParaRNN(DiagonalRecurrence):
         return mapped.astype(self.wide) + self._parameter("bias", init, (GATES, self.inner), (None, "mlp"))
 
     def _recurrent_weights(self) -> Any:
-        init = nn.initializers.normal(2 / math.sqrt(5 * self.inner))
+        init = nn.initializers.normal(self.recurrent_init or 2 / math.sqrt(5 * self.inner))
         weights = self._parameter("recurrent", init, (GATES, self.inner), (None, "mlp"))
         if not self.peepholes:
             return weights

@@ -176,6 +176,7 @@ def test_newton_reports_its_iterations():
         ("para_gru", {"num_heads": 3}, "model.num_heads=3 does not divide the inner width 8; allowed: 1, 2, 4, 8"),
         ("para_gru", {"implementation": "newtno"}, "model.implementation='newtno'.*newton"),
         ("para_lstm", {"max_iterations": 0}, "model.max_iterations=0"),
+        ("para_gru", {"recurrent_init": 0.0}, "model.recurrent_init=0.0"),
         ("para_lstm", {"tolerance": 0.0}, "model.tolerance=0.0"),
         ("min_gru", {"candidate": "positiv"}, "model.candidate='positiv'.*positive"),
         ("min_gru", {"expand": 0}, "model.expand=0"),

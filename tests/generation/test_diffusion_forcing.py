@@ -8,7 +8,7 @@ import pytest
 
 import seqjax
 from seqjax.config import ConfigError
-from seqjax.generation.diffusion_forcing import DiffusionForcing
+from seqjax.generation.diffusion_forcing import DiffusionForcing, Wave
 from seqjax.generation.generate import pad_left
 
 MARK = 44
@@ -124,11 +124,32 @@ def by_the_rule(model, variables, prompt, num_tokens, inner_steps, threshold):
 def test_the_rule(inner_steps, threshold):
     with jax.enable_x64(True):
         model, variables = build(num_steps=6, activation="relu", dtype="float64", param_dtype="float64")
-        prompts = [[9, MARK], [33, 4, 50], [2]]
+        prompts = [[9, 20], [33, 4, 50], [2]]
         new, passes = run(model, variables, inner_steps, threshold, prompts, 12)
         wanted = [by_the_rule(model, variables, prompt, 12, inner_steps, threshold) for prompt in prompts]
         np.testing.assert_array_equal(new, [tokens for tokens, _ in wanted])
         np.testing.assert_array_equal(passes, [count for _, count in wanted])
+
+
+@pytest.mark.parametrize(
+    ("drawn", "ready", "tokens", "numbers", "frozen"),
+    [
+        ([7, 6, 0], [True, False, True], [5, 6, 7, 0], [-1, 1, 0], 0),  # what is behind waits for what is before
+        ([7, 6, 0], [False, True, True], [5, 6, 7, 0], [-1, 1, -1], 1),
+        ([7, 6, 0], [True, True, True], [5, 6, 7, 0], [-1, -1, -1], 2),
+        ([7, 9, 0], [True, False, True], [5, 9, 0, 0], [-1, -1, 0], 0),  # a revised draft
+        ([7, 9, 0], [True, True, True], [5, 9, 0, 0], [-1, -1, -1], 1),
+    ],
+)
+def test_a_wave_moves_up(drawn, ready, tokens, numbers, frozen):
+    column = lambda values, dtype: jnp.asarray(values, dtype)[:, None]
+    nothing = jnp.zeros((1,), jnp.int32)
+    before = jnp.asarray([[5, 6, 0, 0]], jnp.int32)
+    wave = Wave(column([1, 0, -1], jnp.int32), jnp.zeros((3, 1, 2)), (), before, None, nothing, nothing)
+    after, number, _ = wave.advanced(column(drawn, jnp.int32), column(ready, bool))
+    assert after.tokens.tolist() == [tokens]
+    assert after.numbers[:, 0].tolist() == numbers and after.frozen.tolist() == [frozen]
+    assert number.tolist() == [tokens.index(0) - 1]
 
 
 def test_a_wide_threshold_is_plain_decoding_at_the_depth_of_a_pass():

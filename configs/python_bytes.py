@@ -67,8 +67,10 @@ MODELS = {
 def get_config(model="mamba"):
     registry.load_all()
     chosen = choose({name: {"name": name} for name in registry.ARCHITECTURES} | MODELS, model, "the config's model")
+    sizes = {"embed_dim": 128, "num_layers": 4, "unroll": 0, "embed_init": 128**-0.5}
+    options = registry.example_config(chosen["name"])  # not every architecture has layers to count, or to unroll
     return experiment_config(
-        model={"embed_dim": 128, "num_layers": 4, "unroll": 0, "embed_init": 128**-0.5} | chosen,
+        model={key: value for key, value in sizes.items() if key in options} | chosen,
         data={"name": "python_source", "batch_size": 8, "sequence_length": 256},
         optimizer={
             "name": "adamw",

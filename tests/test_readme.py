@@ -106,7 +106,8 @@ def test_every_model_that_a_config_names_builds(config):
     series = {"input_dim": 7, "output_dim": 7, "horizon": 96}
     images = {"input_dim": 16, "head": "classifier", "num_classes": 10}
     sizes = {"etth1_variates": series, "vision": images}.get(config, {"vocab_size": 257})
-    for name in scope["MODELS"]:
+    others = seqjax.list_architectures(causal=True, inputs="tokens") if config == "python_bytes" else ()
+    for name in {*scope["MODELS"], *others}:
         which = f"{name},mnist" if config == "vision" else name
         seqjax.build({**scope["get_config"](which).model.to_dict(), **sizes})
 

@@ -10,10 +10,12 @@ a loop's body are its cycles, except waiting for memory outside the core. Figure
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
@@ -29,6 +31,9 @@ TOPOLOGIES = {
     "v6e": ("v6e:1x1", {"chips_per_host_bounds": (1, 1, 1)}),
 }
 """Chips that can be compiled for, and the smallest topology of each; v5p's has four."""
+
+COMPILER = {"python": "3.12", "jax": "0.11.2", "libtpu": "0.0.48.1"}
+"""What the targets for schedules are held against."""
 
 
 class Loop(NamedTuple):
@@ -47,6 +52,15 @@ class Loop(NamedTuple):
 def libtpu_missing() -> str | None:
     """Why nothing can be compiled for TPU here, or None."""
     return None if importlib.util.find_spec("libtpu") else 'libtpu is not installed: pip install "jax[tpu]".'
+
+
+def compiler_differs() -> str | None:
+    """Why the schedule's figures cannot be held against those of the compiler in `COMPILER` here, or None."""
+    if missing := libtpu_missing():
+        return missing
+    python = ".".join(map(str, sys.version_info[:2]))
+    found = {"python": python} | {name: importlib.metadata.version(name) for name in COMPILER if name != "python"}
+    return None if found == COMPILER else f"The schedule's figures are those of {COMPILER}; here are {found}."
 
 
 def compile_for(chip: str, function: Callable, *arguments: jax.ShapeDtypeStruct) -> jax.stages.Compiled:

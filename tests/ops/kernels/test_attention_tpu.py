@@ -1,8 +1,5 @@
 """Attention on TPU, interpreted on CPU, against all pairs in float64; and its static schedule for TPUs that are not here."""
 
-import importlib.metadata
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +12,8 @@ from seqjax.ops.attention_mask import AttentionMask, AttentionSpec
 from seqjax.ops.kernels import attention_tpu as kernel
 from seqjax.testing import tpu
 
-GATED = {"jax": "0.11.2", "libtpu": "0.0.48.1"}
 needs_libtpu = pytest.mark.skipif(tpu.libtpu_missing() is not None, reason=str(tpu.libtpu_missing()))
+needs_gated_compiler = pytest.mark.skipif(tpu.compiler_differs() is not None, reason=str(tpu.compiler_differs()))
 
 
 @pytest.fixture
@@ -178,17 +175,7 @@ def test_narrow_heads_compile(chip, width):
         tpu.compile_for(chip, function, *shapes(1, 200, 300, 2, 2, width, jnp.bfloat16))
 
 
-def gate():
-    """Why the schedule's figures cannot be held against the targets here, or None: they are one compiler's."""
-    if missing := tpu.libtpu_missing():
-        return missing
-    found = {name: importlib.metadata.version(name) for name in GATED}
-    if sys.version_info[:2] != (3, 12) or found != GATED:
-        return f"The schedule is gated on Python 3.12 with {GATED}; here are Python {sys.version.split()[0]} and {found}."
-    return None
-
-
-@pytest.mark.skipif(gate() is not None, reason=str(gate()))
+@needs_gated_compiler
 @pytest.mark.parametrize(("chip", "forward", "backward"), [("v5e", 5500, 8900), ("v5p", 5500, 9200), ("v6e", 3700, 5500)])
 def test_cycles_per_tile(chip, forward, backward):
     """Of 1024 queries and 1024 keys of width 128 in bfloat16, none masked. Splash attention takes 6234 and 10280 on v5e."""

@@ -1,8 +1,6 @@
 """The TPU selective scan, interpreted on CPU, against loops in float64; and its static schedule for TPUs that are not here."""
 
 import functools
-import importlib.metadata
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +14,8 @@ from seqjax.ops.kernels.selective_scan import Inputs
 from seqjax.testing import tpu
 
 CHIPS = ["v5e", "v5p", "v6e"]
-GATED = {"jax": "0.11.2", "libtpu": "0.0.48.1"}
 needs_libtpu = pytest.mark.skipif(tpu.libtpu_missing() is not None, reason=str(tpu.libtpu_missing()))
+needs_gated_compiler = pytest.mark.skipif(tpu.compiler_differs() is not None, reason=str(tpu.compiler_differs()))
 
 
 def draw(R, G, L, E, N, dtype, *, plain, starts):
@@ -188,17 +186,7 @@ def test_the_widest_scans_compile(chip):
     tpu.compile_for(chip, BACKWARD, *arguments)
 
 
-def gate():
-    """Why the schedule's figures cannot be held against the targets here, or None: they are one compiler's."""
-    if missing := tpu.libtpu_missing():
-        return missing
-    found = {name: importlib.metadata.version(name) for name in GATED}
-    if sys.version_info[:2] != (3, 12) or found != GATED:
-        return f"The schedule is gated on Python 3.12 with {GATED}; here are Python {sys.version.split()[0]} and {found}."
-    return None
-
-
-@pytest.mark.skipif(gate() is not None, reason=str(gate()))
+@needs_gated_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_cycles_per_update(chip):
     """An update is one mode of 1024 channels in one step, with one exponential. Softplus, bias, skip and gate are on."""

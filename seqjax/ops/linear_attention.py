@@ -74,7 +74,7 @@ def linear_attention(
     q, k = q.astype(v.dtype), k.astype(v.dtype)
     v = jnp.pad(v, [(0, 0)] * 3 + [(0, 1)], constant_values=1) if normalize else v
     decay = jnp.zeros((1, 1, heads), wide) if log_decay is None else log_decay.astype(wide)
-    if decay.shape[:2] == (1, 1):  # no constant to XLA, which would take seconds to sum one when it compiles
+    if decay.shape[:2] == (1, 1):  # no constant to XLA, which would sum it, slowly, when it compiles
         decay = jax.lax.optimization_barrier(decay)
     decay = jnp.broadcast_to(decay, (batch, length, *decay.shape[2:]))
     rates = None if beta is None else jnp.broadcast_to(beta.astype(wide), (batch, length, heads))
